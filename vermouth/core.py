@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'MAX_PIXELS', 'VermouthError', 'choose', 'pick_device', 'pick_dtype', 'seed_everything', 'in_test',
            'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'provenance']
 
-# %% ../nbs/00_core.ipynb #e04ad8ed
+# %% ../nbs/00_core.ipynb #73fbb186
 import difflib
 import os
 import platform
@@ -23,11 +23,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #675f30cd
+# %% ../nbs/00_core.ipynb #01b8c9de
 class VermouthError(ValueError):
     "A wrong argument, file or setting; the message names the argument, the value and the remedy."
 
-# %% ../nbs/00_core.ipynb #0a240fdc
+# %% ../nbs/00_core.ipynb #63381646
 def choose(
     argument: str,         # the argument's name, for the message
     value: str,            # what the caller gave
@@ -40,7 +40,7 @@ def choose(
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise VermouthError(f"{argument}={value!r}: unknown. Choose from {', '.join(choices)}.{hint}")
 
-# %% ../nbs/00_core.ipynb #a2dfa7de
+# %% ../nbs/00_core.ipynb #a3d8f402
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,14 +54,14 @@ def pick_device(
     except (RuntimeError, AssertionError) as e:
         raise VermouthError(f"device={str(device)!r}: not usable here ({str(e).splitlines()[0]}). Use device='cpu' or None.") from e
 
-# %% ../nbs/00_core.ipynb #f892f4ef
+# %% ../nbs/00_core.ipynb #742c9fc8
 def pick_dtype(
     dtype: str | torch.dtype = "float32", # "float32", "bfloat16" or "float16", or the torch dtype itself
 ) -> torch.dtype:
     "The floating-point type of the frozen weights, from its name."
     return dtype if dtype in DTYPES.values() else DTYPES[choose("dtype", str(dtype), DTYPES)]
 
-# %% ../nbs/00_core.ipynb #c1f58923
+# %% ../nbs/00_core.ipynb #23969585
 def seed_everything(
     seed: int, # fixes Python's, NumPy's and torch's global generators
 ) -> None:
@@ -70,12 +70,12 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #204d7764
+# %% ../nbs/00_core.ipynb #386ba501
 def in_test() -> bool:
     "True under `nbdev_test`, which sets `IN_TEST=1`: results notebooks then shrink themselves."
     return os.environ.get("IN_TEST", "") not in ("", "0")
 
-# %% ../nbs/00_core.ipynb #dfa57232
+# %% ../nbs/00_core.ipynb #f90a72cf
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
 
 # Pillow's own bomb warning would come first and without a remedy
@@ -98,7 +98,7 @@ def read_image(
     except (OSError, SyntaxError, ValueError) as e:
         raise VermouthError(f"image={str(path)!r}: cannot be read ({e}). Replace the file or leave it out.") from e
 
-# %% ../nbs/00_core.ipynb #5be6b2cf
+# %% ../nbs/00_core.ipynb #d9c83f2b
 def flatten(
     im: Image.Image,   # any mode
     mode: str = "RGB", # Pillow mode of the result
@@ -113,7 +113,7 @@ def flatten(
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert(mode)
 
-# %% ../nbs/00_core.ipynb #ff0e2c13
+# %% ../nbs/00_core.ipynb #6da7bb40
 def image_tensor(
     image: Any,              # path, PIL image, uint8 array (H,W,3), or tensor (3,H,W) in [-1,1]
     size: int | tuple[int, int] | None = None, # resize to this side, or to (height, width); None keeps the size
@@ -129,7 +129,7 @@ def image_tensor(
     if not isinstance(image, Tensor): raise VermouthError(f"images: {type(image).__name__} {str(image)[:40]!r} is not an image. Pass paths, PIL images, uint8 arrays or tensors.")
     return resize(check_image(image), size)
 
-# %% ../nbs/00_core.ipynb #25cfd596
+# %% ../nbs/00_core.ipynb #4d9592e0
 def check_image(
     image: Tensor, # (3,H,W)
 ) -> Tensor:       # the same, float32
@@ -151,7 +151,7 @@ def resize(
     if tuple(image.shape[-2:]) == hw: return image
     return torch.nn.functional.interpolate(image[None], hw, mode="bilinear", antialias=True, align_corners=False)[0]
 
-# %% ../nbs/00_core.ipynb #627b1883
+# %% ../nbs/00_core.ipynb #a029556b
 def image_batch(
     images: Any,  # one image or a list of them (path, PIL image, uint8 array, tensor), or a tensor (B,3,H,W) in [-1,1]
     size: int | tuple[int, int] | None = None, # resize every image to this; None asks that they agree
@@ -166,7 +166,7 @@ def image_batch(
     if len(sizes) > 1: raise VermouthError(f"images: sizes differ ({', '.join(f'{h}×{w}' for h, w in sorted(sizes)[:4])}). Give size=, or pass images of one size.")
     return torch.stack(batch)
 
-# %% ../nbs/00_core.ipynb #2f4cd83c
+# %% ../nbs/00_core.ipynb #6c1b126e
 def _commit() -> str:
     "Short hash of the checkout this package runs from, with a + for uncommitted changes; empty for an installed wheel."
     root = Path(find_spec("vermouth").origin).parents[1]
@@ -182,7 +182,7 @@ def _version(package: str) -> str:
     try: return version(package)
     except PackageNotFoundError: return "absent"
 
-# %% ../nbs/00_core.ipynb #5094770d
+# %% ../nbs/00_core.ipynb #f1259b3d
 def provenance(
     device: str | torch.device = "cpu",                                    # where the run computed
     packages: Sequence[str] = ("vermouth", "torch", "diffusers", "transformers"), # whose versions matter
