@@ -18,10 +18,13 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     url=cfg["git_url"],
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["vermouth", "vermouth.*"]),
+    # the Toybox family's weights and the rooms' small tables travel with the code
+    package_data={"vermouth": ["toybox/**/*", "**/*.json", "**/*.csv", "**/*.txt"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
