@@ -21,6 +21,13 @@ setup(
     license_files=["LICENSE"],
     url=cfg["git_url"],
     keywords=cfg["keywords"],
+    # nbdev's pyproject.toml announces classifiers, so there must be some
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Programming Language :: Python :: {cfg['min_python']}",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["vermouth", "vermouth.*"]),
     # the Toybox family's weights and the rooms' small tables travel with the code
