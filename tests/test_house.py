@@ -17,8 +17,6 @@ from conftest import ROOT
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from vermouth.app.readme import readme_text
-
 NBS, LIB = ROOT / "nbs", ROOT / "vermouth"
 PAGES = {name: p for p in sorted(NBS.rglob("*.ipynb")) if not re.search(r"(^|/)[._]", name := p.relative_to(NBS).as_posix())}
 RESULTS = [name for name in PAGES if re.match(r"[1-9]\d_", name)]
@@ -348,6 +346,7 @@ def test_nbdev_can_process_every_page(checkout):
 
 
 def test_readme_is_made_from_the_front_page():
+    from vermouth.app.readme import readme_text  # here, so that a broken module fails this test and not the whole file
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(NBS / "index.ipynb", ROOT), "run: python -m vermouth.app.readme"
 
 
