@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'STAGE_SETS', 'ATTENTION', 'stage_rows', 'attention_levels', 'block_names', 'pyramid_dims', 'unet_blocks',
-           'cross_layers', 'MapProcessor', 'tapped', 'fit', 'attention_map', 'pyramid']
+           'cross_layers', 'MapProcessor', 'tapped', 'fit', 'attention_map', 'pyramid', 'principal_colours']
 
-# %% ../nbs/01_hooks.ipynb #3a8c9e6c
+# %% ../nbs/01_hooks.ipynb #288997a2
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .core import VermouthError, choose
 
-# %% ../nbs/01_hooks.ipynb #09eb4876
+# %% ../nbs/01_hooks.ipynb #4130b4ae
 STAGES = ("down", "mid", "up")
 
 # one row per stage set, one entry per level, lowest resolution first
@@ -36,7 +36,7 @@ STAGE_SETS = {
 # level k's maps come from the cross-attention layers inside up block k
 ATTENTION = {"up_cross": (1, 2), "up_cross_fine": (3,)}
 
-# %% ../nbs/01_hooks.ipynb #005246fa
+# %% ../nbs/01_hooks.ipynb #9bba9e37
 def stage_rows(
     stages: str | Iterable[str], # some of "down", "mid", "up", in any order; a single name may stand alone
 ) -> tuple[str, ...]:            # a row of `STAGE_SETS`
@@ -48,7 +48,7 @@ def stage_rows(
     sets = "; ".join(", ".join(row) for row in STAGE_SETS)
     raise VermouthError(f"stages={names!r}: no such set of stages. Choose one of: {sets}.")
 
-# %% ../nbs/01_hooks.ipynb #23d3db13
+# %% ../nbs/01_hooks.ipynb #dc5253c1
 def attention_levels(
     attention: str | Iterable[str] | None, # some of "up_cross", "up_cross_fine"; () or None for no maps
 ) -> tuple[int, ...]:                      # levels that get maps, lowest resolution (0) first
@@ -56,7 +56,7 @@ def attention_levels(
     names = (attention,) if isinstance(attention, str) else attention or ()
     return tuple(sorted({level for name in names for level in ATTENTION[choose("attention", name, ATTENTION)]}))
 
-# %% ../nbs/01_hooks.ipynb #4b4404ac
+# %% ../nbs/01_hooks.ipynb #ae78b79f
 def block_names(
     row: str,     # an entry of `STAGE_SETS`, as "up2 ⊕ up3"
 ) -> list[str]:   # names of blocks, as ["up2", "up3"]
@@ -81,7 +81,7 @@ def pyramid_dims(
         dims.append((parts[0] if row.startswith("mean") else sum(parts)) + tokens * (level in attention_levels(attention)))
     return dims
 
-# %% ../nbs/01_hooks.ipynb #61340417
+# %% ../nbs/01_hooks.ipynb #8adfb845
 def unet_blocks(
     unet: UNet2DConditionModel, # four down blocks, a middle, four up blocks
 ) -> dict[str, nn.Module]:      # "down0" … "down3", "mid", "up0" … "up3", in the order in which they run
@@ -98,7 +98,7 @@ def cross_layers(
     "The layers of a block that read the caption."
     return [m for m in block.modules() if isinstance(m, Attention) and m.is_cross_attention]
 
-# %% ../nbs/01_hooks.ipynb #e84eeb04
+# %% ../nbs/01_hooks.ipynb #fbc483f3
 class MapProcessor:
     "Cross-attention with an explicit softmax, whose average over heads goes to `save`."
 
@@ -122,7 +122,7 @@ class MapProcessor:
         mixed = attn.batch_to_head_dim(weights.to(value.dtype) @ value)
         return attn.to_out[1](attn.to_out[0](mixed))
 
-# %% ../nbs/01_hooks.ipynb #87938955
+# %% ../nbs/01_hooks.ipynb #1f358a2d
 class _Enough(Exception):
     "Everything asked for has been seen: leave the U-Net."
 
@@ -153,7 +153,7 @@ def tapped(
             layer.set_processor(MapProcessor(partial(keep, key)))
         yield seen
 
-# %% ../nbs/01_hooks.ipynb #b0607a04
+# %% ../nbs/01_hooks.ipynb #4469ee8f
 def fit(
     x: Tensor,              # (B,C,h,w)
     grid: tuple[int, int],  # (height, width) of the level
@@ -173,7 +173,7 @@ def attention_map(
     if not maps: raise VermouthError(f"attention: up block {level} of this U-Net reads no caption. Pass attention=().")
     return torch.stack(maps).mean(0).mT.unflatten(2, grid)
 
-# %% ../nbs/01_hooks.ipynb #783eeb31
+# %% ../nbs/01_hooks.ipynb #68a00b87
 def pyramid(
     unet: UNet2DConditionModel,  # frozen; four blocks each way
     latents: Tensor,             # (B,C,h,w), noised to `timestep`; h and w multiples of 8
@@ -194,3 +194,16 @@ def pyramid(
         if level in levels: maps.append(attention_map(seen, level, grids[level]).to(maps[0].dtype))
         out.append(torch.cat(maps, 1))
     return out
+
+# %% ../nbs/01_hooks.ipynb #52af973c
+def principal_colours(
+    features: Tensor, # (C,h,w) one image's features of one level
+) -> Tensor:          # (h,w,3) in [0,1]
+    "The three strongest directions of a feature map as colours."
+    c, h, w = features.shape
+    x = features.detach().float().cpu().flatten(1).T
+    x = x - x.mean(0)
+    _, _, directions = torch.linalg.svd(x, full_matrices=False)
+    x = x @ directions[:3].T
+    x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp(min=1e-8)
+    return x.reshape(h, w, 3)
