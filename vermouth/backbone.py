@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOISES', 'TRAJECTORIES', 'SCHEDULE', 'check_parts', 'Backbone', 'check_size', 'prompt_list', 'FeatureSettings',
-           'latents_at', 'read', 'load_part', 'load_scheduler', 'load_backbone']
+           'latents_at', 'read', 'load_part', 'load_scheduler', 'load_tokenizer', 'load_backbone']
 
-# %% ../nbs/02_backbone.ipynb #d0d4d46e
+# %% ../nbs/02_backbone.ipynb #4b39c515
 import json
 import warnings
 from collections.abc import Iterable
@@ -29,11 +29,12 @@ from .frozen import frozen, in_batches
 from .hooks import attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
 from .noise import PREDICTIONS, check_timesteps, ddim_walk, inversion_path, mix, noise_like
 
-# %% ../nbs/02_backbone.ipynb #8339d265
+# %% ../nbs/02_backbone.ipynb #f08beabf
 def check_parts(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
+    tokenizer: Any,              # a transformers tokenizer
     scheduler: Any,              # a diffusers scheduler with `alphas_cumprod`
 ) -> None:
     "Refuse parts that do not make a Stable Diffusion 1.x or 2.x together."
@@ -42,18 +43,21 @@ def check_parts(
     if wants != gets: raise VermouthError(f"unet: takes {wants} channels where the VAE makes {gets}; inpainting, depth and upscaling checkpoints do. Use the plain text-to-image one.")
     wants, gets = unet.config.cross_attention_dim, text_encoder.config.hidden_size
     if wants != gets: raise VermouthError(f"unet: guided by {wants} channels of text where the text encoder makes {gets}. Use parts of one checkpoint.")
+    knows, reads = len(tokenizer), text_encoder.config.vocab_size
+    if knows > reads: raise VermouthError(f"tokenizer: has {knows} words where the text encoder knows {reads}. Use parts of one checkpoint.")
     extra = unet.config.addition_embed_type or unet.config.class_embed_type
     if extra: raise VermouthError(f"unet: asks for {extra!r} embeddings beside the caption, as SDXL does. Use Stable Diffusion 1.x or 2.x.")
     if not hasattr(scheduler, "alphas_cumprod"): raise VermouthError(f"scheduler: {type(scheduler).__name__} has no alphas_cumprod. Use the checkpoint's DDPM, DDIM or PNDM scheduler.")
     choose("prediction_type", scheduler.config.prediction_type, PREDICTIONS)
 
-# %% ../nbs/02_backbone.ipynb #11955283
+# %% ../nbs/02_backbone.ipynb #625812f3
 class Backbone:
     "A frozen Stable Diffusion model that is read, not sampled."
 
     def __init__(self, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: Any, scheduler: Any, name: str = "components"):
-        check_parts(vae, unet, text_encoder, scheduler)
-        self.vae, self.unet, self.text_encoder, self.tokenizer, self.scheduler, self.name = vae, unet, text_encoder, tokenizer, scheduler, name
+        check_parts(vae, unet, text_encoder, tokenizer, scheduler)
+        self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
+        self.tokenizer, self.scheduler, self.name = tokenizer, scheduler, name
         for model in (vae, unet, text_encoder): model.eval().requires_grad_(False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)             # pixels per latent, each way
         self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1) # image sides are multiples of it
@@ -61,36 +65,40 @@ class Backbone:
         self.alphas = scheduler.alphas_cumprod.tolist()                         # ᾱ of every time step
         self.cut_a_prompt = False
 
-    @classmethod
-    def from_components(
-        cls, *,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: Any,                            # any transformers tokenizer that knows its model_max_length
-        scheduler: Any,                            # only alphas_cumprod and prediction_type are used
-        device: str | torch.device | None = None,  # None leaves every part where the U-Net is
-        dtype: str | torch.dtype | None = None,    # None takes the U-Net's
-        name: str = "components",                  # for messages and tables
-    ) -> "Backbone":                               # freezes the parts it was given
-        "A backbone from parts at hand."
-        device, dtype = pick_device(device or unet.device), pick_dtype(dtype or unet.dtype)
-        for model in (vae, unet, text_encoder):
-            model.to(device)
-            if model.dtype != dtype: model.to(dtype)
-        return cls(vae, unet, text_encoder, tokenizer, scheduler, name)
-
     @property
     def device(self) -> torch.device: return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype: return self.unet.dtype
 
-    def __repr__(self) -> str:
-        widths = "-".join(map(str, self.unet.config.block_out_channels))
-        return f"Backbone({self.name}: U-Net {widths}, latents 1/{self.factor}, {self.tokens} tokens, {self.scheduler.config.prediction_type}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+# %% ../nbs/02_backbone.ipynb #363a5c9f
+@patch
+def __repr__(self: Backbone) -> str:
+    widths = "-".join(map(str, self.unet.config.block_out_channels))
+    how = f"{self.scheduler.config.prediction_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+    return f"Backbone({self.name}: U-Net {widths}, latents 1/{self.factor}, {self.tokens} tokens, {how})"
 
-# %% ../nbs/02_backbone.ipynb #fb17b056
+# %% ../nbs/02_backbone.ipynb #2a2281d4
+@patch(cls_method=True)
+def from_components(
+    cls: Backbone, *,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: Any,                            # any transformers tokenizer that knows its model_max_length
+    scheduler: Any,                            # only alphas_cumprod and prediction_type are used
+    device: str | torch.device | None = None,  # None leaves every part where the U-Net is
+    dtype: str | torch.dtype | None = None,    # None takes the U-Net's
+    name: str = "components",                  # for messages and tables
+) -> Backbone:                                 # freezes the parts it was given
+    "A backbone from parts at hand."
+    device, dtype = pick_device(device or unet.device), pick_dtype(dtype or unet.dtype)
+    for model in (vae, unet, text_encoder):
+        model.to(device)
+        if model.dtype != dtype: model.to(dtype)
+    return cls(vae, unet, text_encoder, tokenizer, scheduler, name)
+
+# %% ../nbs/02_backbone.ipynb #ed9fb5f9
 def check_size(
     images: Tensor, # (B,3,H,W)
     multiple: int,  # what both sides must be multiples of
@@ -101,7 +109,7 @@ def check_size(
     near = tuple(max(1, round(n / multiple)) * multiple for n in (h, w))
     raise VermouthError(f"images: {h}×{w} pixels (height×width), but both must be multiples of {multiple} here. Pass size={near}, the nearest, or crop.")
 
-
+# %% ../nbs/02_backbone.ipynb #c7582155
 @patch
 def encode_images(
     self: Backbone,
@@ -113,11 +121,11 @@ def encode_images(
     images = check_size(image_batch(images, size), self.factor)
     return in_batches(lambda part: [_encode(self, images[part])], len(images), batch_size)[0]
 
-
+# %% ../nbs/02_backbone.ipynb #9a72fefd
 def _encode(bb: Backbone, images: Tensor) -> Tensor:
     with frozen(bb.device): return bb.vae.encode(images.to(bb.device, bb.dtype)).latent_dist.mean * bb.vae.config.scaling_factor
 
-# %% ../nbs/02_backbone.ipynb #e6ee785e
+# %% ../nbs/02_backbone.ipynb #3647f95f
 def prompt_list(
     prompts: str | None | Iterable[str | None], # None is the empty prompt; one string stands for all
     count: int | None = None,                   # how many images there are; None if there are none to compare with
@@ -129,7 +137,7 @@ def prompt_list(
     if not prompts or count not in (None, len(prompts)): raise VermouthError(f"prompts: {len(prompts)} of them for {count if count is not None else 'no'} images. Pass one for each image, or one string for all.")
     return prompts
 
-# %% ../nbs/02_backbone.ipynb #9ad30370
+# %% ../nbs/02_backbone.ipynb #8b1dc37b
 @patch
 def encode_text(
     self: Backbone,
@@ -146,11 +154,11 @@ def encode_text(
     with frozen(self.device): states = self.text_encoder(ids.to(self.device)).last_hidden_state
     return states[[unique.index(p) for p in prompts]]
 
-# %% ../nbs/02_backbone.ipynb #15f3b23d
+# %% ../nbs/02_backbone.ipynb #4d1414f9
 NOISES = ("ddpm", "ddim", "none")
 TRAJECTORIES = ("sequential", "independent")
 
-
+# %% ../nbs/02_backbone.ipynb #ebeab079
 @dataclass(frozen=True)
 class FeatureSettings:
     "How an image is read: everything that decides its features, apart from the backbone, the image and the caption."
@@ -167,7 +175,7 @@ class FeatureSettings:
         choose("noise", self.noise, NOISES), choose("trajectory", self.trajectory, TRAJECTORIES)
         if self.ddim_steps < 1: raise VermouthError(f"ddim_steps={self.ddim_steps}: at least 1.")
 
-# %% ../nbs/02_backbone.ipynb #23246e31
+# %% ../nbs/02_backbone.ipynb #67589651
 def latents_at(
     bb: Backbone,
     latents: Tensor,            # (B,C,h,w) clean
@@ -181,12 +189,12 @@ def latents_at(
     if settings.noise == "ddpm": return mix(clean, noise_like(clean, settings.seed), bb.alphas[timestep])
     return _walk(bb, clean, inversion_path(timestep, settings.ddim_steps), context)
 
-
+# %% ../nbs/02_backbone.ipynb #e7dc8ba0
 def _walk(bb: Backbone, latents: Tensor, path: list[int], context: Tensor) -> Tensor:
     # float32 between the steps, whatever the weights: bfloat16 would round away what a small step changes
     return ddim_walk(latents, path, lambda x, t: bb.predict(x, t, context), bb.alphas, bb.scheduler.config.prediction_type)
 
-# %% ../nbs/02_backbone.ipynb #e0f07e30
+# %% ../nbs/02_backbone.ipynb #e75705c6
 @patch
 def predict(
     self: Backbone,
@@ -197,7 +205,7 @@ def predict(
     "One full pass of the U-Net."
     with frozen(self.device): return self.unet(latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context.to(self.device, self.dtype)).sample
 
-
+# %% ../nbs/02_backbone.ipynb #3f117c61
 def read(
     bb: Backbone,
     latents: Tensor,            # (B,C,h,w) clean
@@ -215,7 +223,7 @@ def read(
         looks = [look(latents_at(bb, latents, t, context, settings), t) for t in steps]
         return [torch.stack(maps).mean(0) for maps in zip(*looks)]
 
-# %% ../nbs/02_backbone.ipynb #a1585610
+# %% ../nbs/02_backbone.ipynb #5dca8acf
 @patch
 def features(
     self: Backbone,
@@ -239,7 +247,7 @@ def features(
     def run(part): return read(self, _encode(self, images[part]), self.encode_text(prompts[part]), settings)
     return in_batches(run, len(images), batch_size)
 
-
+# %% ../nbs/02_backbone.ipynb #519b6d95
 @patch
 def features_from_latents(
     self: Backbone,
@@ -253,7 +261,7 @@ def features_from_latents(
         raise VermouthError(f"latents: shape {tuple(latents.shape)} with hidden states {tuple(context.shape)}. Pass (B, C, h, w) with h and w multiples of 8, and (B, T, D).")
     return in_batches(lambda part: read(self, latents[part], context[part], settings), len(latents), batch_size)
 
-# %% ../nbs/02_backbone.ipynb #e14a5ad9
+# %% ../nbs/02_backbone.ipynb #e7a56d5e
 @patch
 def feature_dims(
     self: Backbone,
@@ -263,7 +271,7 @@ def feature_dims(
     "What `features` will return, without running anything."
     return pyramid_dims(self.unet.config.block_out_channels, self.tokens, stages, attention)
 
-# %% ../nbs/02_backbone.ipynb #8585ab8a
+# %% ../nbs/02_backbone.ipynb #89f9a10a
 @patch
 def randomized(
     self: Backbone,
@@ -277,7 +285,7 @@ def randomized(
     return Backbone.from_components(vae=self.vae, unet=unet, text_encoder=self.text_encoder, tokenizer=self.tokenizer, scheduler=self.scheduler,
                                     device=self.device, dtype=self.dtype, name=f"{self.name}, random U-Net {seed}")
 
-# %% ../nbs/02_backbone.ipynb #5e94532a
+# %% ../nbs/02_backbone.ipynb #5e839305
 def load_part(
     folder: Path,                # in diffusers format
     part: str,                   # "vae", "unet" or "text_encoder"
@@ -296,11 +304,11 @@ def load_part(
     if missing := sorted(info["missing_keys"]): raise VermouthError(f"name={str(folder)!r}: {part}/ lacks {len(missing)} of its weights, as {missing[0]}. Fetch it again.")
     return model
 
-# %% ../nbs/02_backbone.ipynb #ab6a9fe4
+# %% ../nbs/02_backbone.ipynb #fa502d52
 # what the noise depends on; the rest of a scheduler's configuration is about sampling
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
 
-
+# %% ../nbs/02_backbone.ipynb #8580c268
 def load_scheduler(
     folder: Path,    # in diffusers format
 ) -> DDIMScheduler:  # whichever class the checkpoint names: the noise schedule is the same
@@ -310,7 +318,20 @@ def load_scheduler(
     if "beta_schedule" not in config: raise VermouthError(f"name={str(folder)!r}: its {config.get('_class_name')} has no beta_schedule. Give a Stable Diffusion 1.x or 2.x.")
     return DDIMScheduler.from_config({k: v for k, v in config.items() if k in SCHEDULE})
 
-# %% ../nbs/02_backbone.ipynb #d1155fd2
+# %% ../nbs/02_backbone.ipynb #245c6896
+def load_tokenizer(
+    folder: Path,  # in diffusers format
+) -> Any:
+    "The captions' tokenizer: CLIP's two files, or a tokenizer.json."
+    place = folder / "tokenizer"
+    # where these are missing, transformers 5 makes up a vocabulary of three words
+    if not (place / "tokenizer.json").is_file() and not all((place / file).is_file() for file in ("vocab.json", "merges.txt")):
+        raise VermouthError(f"name={str(folder)!r}: tokenizer/ holds no vocabulary. Fetch it again.")
+    try: return AutoTokenizer.from_pretrained(place)
+    except Exception as error: # a broken vocabulary raises nothing narrower
+        raise VermouthError(f"name={str(folder)!r}: tokenizer/ cannot be read ({str(error).splitlines()[0][:120]}). Fetch it again.") from error
+
+# %% ../nbs/02_backbone.ipynb #878b29e2
 def load_backbone(
     name: str | Path,                         # "toybox", a folder in diffusers format, or a hub id
     device: str | torch.device | None = None, # None takes the best there is
@@ -326,6 +347,4 @@ def load_backbone(
     try: parts = {part: load_part(folder, part, dtype, variant) for part in WEIGHTS}
     finally:
         if bars: transformers_logging.enable_progress_bar()
-    try: tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error: raise VermouthError(f"name={str(name)!r}: tokenizer/ cannot be read ({type(error).__name__}). Fetch it again.") from error
-    return Backbone.from_components(**parts, tokenizer=tokenizer, scheduler=load_scheduler(folder), device=device, dtype=dtype, name=str(name))
+    return Backbone.from_components(**parts, tokenizer=load_tokenizer(folder), scheduler=load_scheduler(folder), device=device, dtype=dtype, name=str(name))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'check_index', 'fetch', 'locate']
 
-# %% ../nbs/02b_checkpoint.ipynb #d019bef0
+# %% ../nbs/02b_checkpoint.ipynb #65154a0a
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from .core import VermouthError
 
-# %% ../nbs/02b_checkpoint.ipynb #a152f3b9
+# %% ../nbs/02b_checkpoint.ipynb #8d1c0bc9
 # the parts that have weights: their class, and what their file is called
 WEIGHTS = {
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
@@ -22,7 +22,7 @@ WEIGHTS = {
     "text_encoder": ("CLIPTextModel", "model"),
 }
 
-
+# %% ../nbs/02b_checkpoint.ipynb #ebeaf7c0
 def check_index(
     name: str,    # for the message
     index: str,   # the content of model_index.json
@@ -35,7 +35,7 @@ def check_index(
     wrong = [f"{part} is {found[part] or 'missing'}" for part in wanted if found[part] != wanted[part]]
     if wrong: raise VermouthError(f"name={name!r}: holds a {index.get('_class_name')} whose {wrong[0]}. Give a Stable Diffusion 1.x or 2.x in diffusers format.")
 
-# %% ../nbs/02b_checkpoint.ipynb #8e1a1ca2
+# %% ../nbs/02b_checkpoint.ipynb #f075b2bf
 def fetch(
     name: str,            # hub id
     revision: str | None, # branch, tag or commit
@@ -53,7 +53,7 @@ def fetch(
         raise VermouthError(f"name={name!r}: no such weights on this machine, and the hub does not give them ({type(error).__name__}). "
                             f"Check the name, or run `hf download {name} --exclude '*.bin' '*.ckpt'` where there is a network.") from error
 
-# %% ../nbs/02b_checkpoint.ipynb #a21e29ec
+# %% ../nbs/02b_checkpoint.ipynb #b307e634
 def locate(
     name: str,                   # shipped name, folder, or hub id
     revision: str | None = None, # for hub ids

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frozen', 'out_of_memory', 'in_batches']
 
-# %% ../nbs/02c_frozen.ipynb #a33be08f
+# %% ../nbs/02c_frozen.ipynb #6431cdb9
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import VermouthError
 
-# %% ../nbs/02c_frozen.ipynb #9a49ec2f
+# %% ../nbs/02c_frozen.ipynb #415b387c
 @contextmanager
 def frozen(
     device: torch.device, # where the backbone is
@@ -28,14 +28,14 @@ def frozen(
     finally:
         for kernel, precision in zip(kernels, before): kernel.fp32_precision = precision
 
-# %% ../nbs/02c_frozen.ipynb #d1bae3bc
+# %% ../nbs/02c_frozen.ipynb #83f8bf67
 def out_of_memory(
     error: Exception, # whatever a pass raised
 ) -> bool:
     "True for what CUDA, MPS and the CPU say when memory is short."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "can't allocate memory"))
 
-
+# %% ../nbs/02c_frozen.ipynb #0786a5e1
 def in_batches(
     run: Callable[[slice], list[Tensor]], # part of the batch → tensors (b, …)
     count: int,                           # how many images there are

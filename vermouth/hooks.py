@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'STAGE_SETS', 'ATTENTION', 'stage_rows', 'attention_levels', 'block_names', 'pyramid_dims', 'unet_blocks',
            'cross_layers', 'MapProcessor', 'tapped', 'fit', 'attention_map', 'pyramid', 'principal_colours']
 
-# %% ../nbs/01_hooks.ipynb #288997a2
+# %% ../nbs/01_hooks.ipynb #aa7865c4
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .core import VermouthError, choose
 
-# %% ../nbs/01_hooks.ipynb #4130b4ae
+# %% ../nbs/01_hooks.ipynb #2163b7a6
 STAGES = ("down", "mid", "up")
 
 # one row per stage set, one entry per level, lowest resolution first
@@ -33,10 +33,11 @@ STAGE_SETS = {
     ("down", "mid", "up"): ("mean(down2, down3, mid)", "down1 ⊕ up0", "down0 ⊕ up1", "up2 ⊕ up3"),
 }
 
+# %% ../nbs/01_hooks.ipynb #d659a65a
 # level k's maps come from the cross-attention layers inside up block k
 ATTENTION = {"up_cross": (1, 2), "up_cross_fine": (3,)}
 
-# %% ../nbs/01_hooks.ipynb #9bba9e37
+# %% ../nbs/01_hooks.ipynb #32b17130
 def stage_rows(
     stages: str | Iterable[str], # some of "down", "mid", "up", in any order; a single name may stand alone
 ) -> tuple[str, ...]:            # a row of `STAGE_SETS`
@@ -48,7 +49,7 @@ def stage_rows(
     sets = "; ".join(", ".join(row) for row in STAGE_SETS)
     raise VermouthError(f"stages={names!r}: no such set of stages. Choose one of: {sets}.")
 
-# %% ../nbs/01_hooks.ipynb #dc5253c1
+# %% ../nbs/01_hooks.ipynb #d44b3c58
 def attention_levels(
     attention: str | Iterable[str] | None, # some of "up_cross", "up_cross_fine"; () or None for no maps
 ) -> tuple[int, ...]:                      # levels that get maps, lowest resolution (0) first
@@ -56,14 +57,14 @@ def attention_levels(
     names = (attention,) if isinstance(attention, str) else attention or ()
     return tuple(sorted({level for name in names for level in ATTENTION[choose("attention", name, ATTENTION)]}))
 
-# %% ../nbs/01_hooks.ipynb #ae78b79f
+# %% ../nbs/01_hooks.ipynb #10314686
 def block_names(
     row: str,     # an entry of `STAGE_SETS`, as "up2 ⊕ up3"
 ) -> list[str]:   # names of blocks, as ["up2", "up3"]
     "The blocks that one level is made of."
     return re.findall(r"down\d|up\d|mid", row)
 
-
+# %% ../nbs/01_hooks.ipynb #814ff1e1
 def pyramid_dims(
     widths: Sequence[int],              # the U-Net's block_out_channels
     tokens: int,                        # length of the caption in tokens: channels of one attention map
@@ -81,7 +82,7 @@ def pyramid_dims(
         dims.append((parts[0] if row.startswith("mean") else sum(parts)) + tokens * (level in attention_levels(attention)))
     return dims
 
-# %% ../nbs/01_hooks.ipynb #8adfb845
+# %% ../nbs/01_hooks.ipynb #54f7182e
 def unet_blocks(
     unet: UNet2DConditionModel, # four down blocks, a middle, four up blocks
 ) -> dict[str, nn.Module]:      # "down0" … "down3", "mid", "up0" … "up3", in the order in which they run
@@ -91,14 +92,14 @@ def unet_blocks(
     down, up = ({f"{side}{i}": block for i, block in enumerate(blocks)} for side, blocks in (("down", unet.down_blocks), ("up", unet.up_blocks)))
     return down | {"mid": unet.mid_block} | up
 
-
+# %% ../nbs/01_hooks.ipynb #f0785388
 def cross_layers(
     block: nn.Module,  # one block of the U-Net
 ) -> list[Attention]:  # its cross-attention layers, in the order in which they run
     "The layers of a block that read the caption."
     return [m for m in block.modules() if isinstance(m, Attention) and m.is_cross_attention]
 
-# %% ../nbs/01_hooks.ipynb #fbc483f3
+# %% ../nbs/01_hooks.ipynb #d86a7381
 class MapProcessor:
     "Cross-attention with an explicit softmax, whose average over heads goes to `save`."
 
@@ -122,11 +123,11 @@ class MapProcessor:
         mixed = attn.batch_to_head_dim(weights.to(value.dtype) @ value)
         return attn.to_out[1](attn.to_out[0](mixed))
 
-# %% ../nbs/01_hooks.ipynb #1f358a2d
+# %% ../nbs/01_hooks.ipynb #8b6615e8
 class _Enough(Exception):
     "Everything asked for has been seen: leave the U-Net."
 
-
+# %% ../nbs/01_hooks.ipynb #e49c6d12
 @contextmanager
 def tapped(
     unet: UNet2DConditionModel,   # left as it was found
@@ -153,7 +154,7 @@ def tapped(
             layer.set_processor(MapProcessor(partial(keep, key)))
         yield seen
 
-# %% ../nbs/01_hooks.ipynb #4469ee8f
+# %% ../nbs/01_hooks.ipynb #f80d9666
 def fit(
     x: Tensor,              # (B,C,h,w)
     grid: tuple[int, int],  # (height, width) of the level
@@ -162,7 +163,7 @@ def fit(
     if tuple(x.shape[-2:]) == tuple(grid): return x
     return F.interpolate(x, grid, mode="bilinear", align_corners=False)
 
-
+# %% ../nbs/01_hooks.ipynb #88b2f106
 def attention_map(
     seen: dict,             # what `tapped` kept
     level: int,             # whose layers to average
@@ -173,7 +174,7 @@ def attention_map(
     if not maps: raise VermouthError(f"attention: up block {level} of this U-Net reads no caption. Pass attention=().")
     return torch.stack(maps).mean(0).mT.unflatten(2, grid)
 
-# %% ../nbs/01_hooks.ipynb #68a00b87
+# %% ../nbs/01_hooks.ipynb #5d57605e
 def pyramid(
     unet: UNet2DConditionModel,  # frozen; four blocks each way
     latents: Tensor,             # (B,C,h,w), noised to `timestep`; h and w multiples of 8
@@ -195,7 +196,7 @@ def pyramid(
         out.append(torch.cat(maps, 1))
     return out
 
-# %% ../nbs/01_hooks.ipynb #52af973c
+# %% ../nbs/01_hooks.ipynb #2ee8d015
 def principal_colours(
     features: Tensor, # (C,h,w) one image's features of one level
 ) -> Tensor:          # (h,w,3) in [0,1]

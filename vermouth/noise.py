@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTIONS', 'noise_like', 'mix', 'clean_and_noise', 'ddim_step', 'ddim_walk', 'inversion_path', 'check_timesteps']
 
-# %% ../nbs/02a_noise.ipynb #ebe54afb
+# %% ../nbs/02a_noise.ipynb #4546eb4c
 from collections.abc import Callable, Iterable
 from numbers import Integral
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import VermouthError, choose
 
-# %% ../nbs/02a_noise.ipynb #2cfc81ac
+# %% ../nbs/02a_noise.ipynb #a26e91d9
 def noise_like(
     latents: Tensor,   # (B,C,h,w) clean latents
     seed: int = 8888,  # fixes ε for this latent shape
@@ -23,7 +23,7 @@ def noise_like(
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(latents.shape[1:], generator=generator)[None].to(latents.device)
 
-# %% ../nbs/02a_noise.ipynb #a54e44cc
+# %% ../nbs/02a_noise.ipynb #454cf0a1
 def mix(
     clean: Tensor,    # (B,C,h,w) x₀
     noise: Tensor,    # (B or 1,C,h,w) ε
@@ -33,10 +33,10 @@ def mix(
     alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float32, device=clean.device)
     return alpha_bar.sqrt() * clean.float() + (1 - alpha_bar).sqrt() * noise.float()
 
-# %% ../nbs/02a_noise.ipynb #82983a69
+# %% ../nbs/02a_noise.ipynb #f08ab3a8
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-
+# %% ../nbs/02a_noise.ipynb #4e174458
 def clean_and_noise(
     x: Tensor,              # (B,C,h,w) latents at ᾱ
     output: Tensor,         # (B,C,h,w) what the U-Net says about them
@@ -50,7 +50,7 @@ def clean_and_noise(
     if prediction == "sample": return output, (x - signal * output) / sigma
     return signal * x - sigma * output, signal * output + sigma * x
 
-# %% ../nbs/02a_noise.ipynb #d1b65570
+# %% ../nbs/02a_noise.ipynb #9575230c
 def ddim_step(
     x: Tensor,          # (B,C,h,w) latents at `here`
     output: Tensor,     # (B,C,h,w) what the U-Net says about them
@@ -61,7 +61,7 @@ def ddim_step(
     "One deterministic DDIM step, up or down."
     return mix(*clean_and_noise(x, output, here, prediction), there).to(x.dtype)
 
-# %% ../nbs/02a_noise.ipynb #bbd5fb43
+# %% ../nbs/02a_noise.ipynb #e274b4e0
 def ddim_walk(
     x: Tensor,                                # (B,C,h,w) latents at path[0]
     path: Iterable[int],                      # time steps to pass through, in either direction
@@ -74,7 +74,7 @@ def ddim_walk(
     for here, there in zip(path, path[1:]): x = ddim_step(x, predict(x, here), alphas[here], alphas[there], prediction)
     return x
 
-
+# %% ../nbs/02a_noise.ipynb #827e5f5b
 def inversion_path(
     t: int,         # where to arrive
     steps: int,     # how many DDIM steps
@@ -82,7 +82,7 @@ def inversion_path(
     "The time steps that an inversion passes through; clean latents count as t = 0."
     return torch.linspace(0, t, steps + 1).round().int().unique().tolist()
 
-# %% ../nbs/02a_noise.ipynb #13c1df7d
+# %% ../nbs/02a_noise.ipynb #5fa94f3d
 def check_timesteps(
     timesteps: int | Iterable[int], # one or several, in any order
     count: int,                     # how many the checkpoint was trained with
