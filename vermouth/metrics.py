@@ -6,7 +6,7 @@
 __all__ = ['ranked_hits', 'average_precision', 'mean_average_precision', 'precision_at_k', 'retrieval_metrics', 'accuracy',
            'confusion', 'class_iou', 'mean_iou']
 
-# %% ../nbs/06_metrics.ipynb #28bd9fb7
+# %% ../nbs/06_metrics.ipynb #79261193
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import VermouthError
 
-# %% ../nbs/06_metrics.ipynb #41a5086f
+# %% ../nbs/06_metrics.ipynb #d8a40bff
 def _labels(
     argument: str, # its name, for the message
     labels: Any,   # n integers
@@ -31,7 +31,7 @@ def _labels(
     if labels.shape != (n,): raise VermouthError(f"{argument}: shape {tuple(labels.shape)} for {n} {what}. Pass one label for each.")
     return labels.long()
 
-
+# %% ../nbs/06_metrics.ipynb #4c59d0d6
 def _matrix(
     argument: str, # its name, for the message
     values: Any,   # (rows, columns) numbers
@@ -42,12 +42,12 @@ def _matrix(
     if (bad := values.isnan().any(1).nonzero()).numel(): raise VermouthError(f"{argument}: NaN in row {bad[0].item()}. Clean the features before scoring.")
     return values
 
-
+# %% ../nbs/06_metrics.ipynb #b1c49aec
 def _positive(argument: str, value: int) -> int:
     if isinstance(value, bool) or int(value) != value or value < 1: raise VermouthError(f"{argument}={value!r}: not a count. Pass an integer from 1.")
     return int(value)
 
-# %% ../nbs/06_metrics.ipynb #e023f952
+# %% ../nbs/06_metrics.ipynb #0966f50d
 def ranked_hits(
     scores: Tensor,         # (B,N), higher = closer
     query_labels: Tensor,   # (B,)
@@ -57,7 +57,7 @@ def ranked_hits(
     order = scores.argsort(dim=1, descending=True, stable=True)
     return gallery_labels[order] == query_labels[:, None]
 
-# %% ../nbs/06_metrics.ipynb #c8dda8cc
+# %% ../nbs/06_metrics.ipynb #d17ea1cf
 def average_precision(
     hits: Tensor,              # (B,N) bool, best first
     k: int | None = None,      # look at the first k only; None = all
@@ -70,11 +70,11 @@ def average_precision(
     area = (precision * hits).sum(1, dtype=torch.float64)
     return area / relevant.clamp(min=1, max=k)
 
-# %% ../nbs/06_metrics.ipynb #32d00776
+# %% ../nbs/06_metrics.ipynb #7bd1b8d1
 def _chunks(n: int, chunk: int) -> Iterator[slice]:
     for start in range(0, n, chunk): yield slice(start, start + chunk)
 
-
+# %% ../nbs/06_metrics.ipynb #db07c3da
 def _retrieval(
     scores: Any, query_labels: Any, gallery_labels: Any,
 ) -> tuple[Tensor, Tensor, Tensor]: # (Q,N), (Q,), (N,), on the device of the scores
@@ -83,7 +83,7 @@ def _retrieval(
     gallery_labels = _labels("gallery_labels", gallery_labels, scores.shape[1], "columns of scores")
     return scores, query_labels.to(scores.device), gallery_labels.to(scores.device)
 
-
+# %% ../nbs/06_metrics.ipynb #d301fef5
 def mean_average_precision(
     scores: Any,               # (Q,N), higher = closer
     query_labels: Any,         # (Q,) integers
@@ -97,7 +97,7 @@ def mean_average_precision(
     aps = [average_precision(ranked_hits(scores[s], query_labels[s], gallery_labels), k, interpolated) for s in _chunks(len(scores), 256)]
     return torch.cat(aps).mean().item()
 
-# %% ../nbs/06_metrics.ipynb #52c292cc
+# %% ../nbs/06_metrics.ipynb #06f28a2a
 def precision_at_k(
     scores: Any,         # (Q,N), higher = closer
     query_labels: Any,   # (Q,) integers
@@ -110,12 +110,12 @@ def precision_at_k(
     found = [ranked_hits(scores[s], query_labels[s], gallery_labels)[:, :k].sum(1) for s in _chunks(len(scores), 256)]
     return (torch.cat(found).double().mean() / k).item()
 
-# %% ../nbs/06_metrics.ipynb #697a4e3b
+# %% ../nbs/06_metrics.ipynb #e181995e
 def _unit(argument: str, features: Any) -> Tensor:
     "Rows of length 1; a zero row stays zero and is equally far from everything."
     return F.normalize(_matrix(argument, features).float(), dim=1)
 
-
+# %% ../nbs/06_metrics.ipynb #26db07dc
 def retrieval_metrics(
     query_features: Any,            # (Q,D)
     gallery_features: Any,          # (N,D), on the same device
@@ -139,7 +139,7 @@ def retrieval_metrics(
         for name, value in values.items(): out[name] = out.get(name, 0) + value.sum().item()
     return {name: value / len(queries) for name, value in out.items()}
 
-# %% ../nbs/06_metrics.ipynb #681eefe5
+# %% ../nbs/06_metrics.ipynb #a0fc4bf5
 def accuracy(
     scores: Any, # (N,K) logits, cosines or probabilities; higher = likelier
     labels: Any, # (N,) integers from 0 to K-1
@@ -150,7 +150,7 @@ def accuracy(
     if (out := labels[(labels < 0) | (labels >= scores.shape[1])]).numel(): raise VermouthError(f"labels: {out[0].item()} with {scores.shape[1]} classes. Pass 0 to {scores.shape[1] - 1}.")
     return (scores.argmax(1) == labels).double().mean().item()
 
-# %% ../nbs/06_metrics.ipynb #69611574
+# %% ../nbs/06_metrics.ipynb #fcd9e6a0
 def confusion(
     pred: Any,               # labels of any shape, 0 to num_classes-1
     target: Any,             # the truth, of the same shape
@@ -167,7 +167,7 @@ def confusion(
         if (out := labels[(labels < 0) | (labels >= num_classes)]).numel(): raise VermouthError(f"{argument}: label {out[0].item()} with num_classes={num_classes}. Pass 0 to {num_classes - 1}, or {ignore_index} in target for pixels to leave out.")
     return torch.bincount(target * num_classes + pred, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-
+# %% ../nbs/06_metrics.ipynb #68abf52a
 def class_iou(
     matrix: Tensor, # (K,K) from `confusion`
 ) -> Tensor:        # (K,) float64 in [0,1]; NaN for a class in neither truth nor prediction
@@ -175,7 +175,7 @@ def class_iou(
     both = matrix.diag().double()
     return both / (matrix.sum(0) + matrix.sum(1) - both)
 
-# %% ../nbs/06_metrics.ipynb #974dd7f6
+# %% ../nbs/06_metrics.ipynb #25a90061
 def mean_iou(
     pred: Any,               # labels of any shape, 0 to num_classes-1
     target: Any,             # the truth, of the same shape
