@@ -201,6 +201,19 @@ def test_a_fresh_process_gives_the_same_features(folders, backbones, images, tmp
     for a, b in zip(torch.load(tmp_path / "y.pt"), backbones["sd1"].features(images, "cat")): assert relative(a, b) < 1e-5
 
 
+def test_a_hub_id_is_read_from_the_cache(folders, backbones, images, tmp_path, monkeypatch):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(VermouthError, match="hf download someone/small-sd"): load_backbone("someone/small-sd", device="cpu")
+    repository = tmp_path / "models--someone--small-sd"
+    shutil.copytree(folders["sd1"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for a, b in zip(load_backbone("someone/small-sd", device="cpu").features(images, "cat"), backbones["sd1"].features(images, "cat")): assert relative(a, b) < 1e-5
+
+
 def refuses(folder, *says):
     with pytest.raises(VermouthError) as error: load_backbone(folder, device="cpu")
     for text in says: assert text in str(error.value)

@@ -125,14 +125,14 @@ def encode_images(
 def _encode(bb: Backbone, images: Tensor) -> Tensor:
     with frozen(bb.device): return bb.vae.encode(images.to(bb.device, bb.dtype)).latent_dist.mean * bb.vae.config.scaling_factor
 
-# %% ../nbs/02_backbone.ipynb #3647f95f
+# %% ../nbs/02_backbone.ipynb #6fbf7f77
 def prompt_list(
     prompts: str | None | Iterable[str | None], # None is the empty prompt; one string stands for all
     count: int | None = None,                   # how many images there are; None if there are none to compare with
 ) -> list[str]:
     "One string per image."
     if prompts is None or isinstance(prompts, str): return [prompts or ""] * (count or 1)
-    prompts = ["" if p is None else p for p in prompts]
+    prompts = ["" if p is None else p for p in (prompts if isinstance(prompts, Iterable) else [prompts])]
     if wrong := [p for p in prompts if not isinstance(p, str)]: raise VermouthError(f"prompts: {wrong[0]!r} is not text. Pass strings, or None for no caption.")
     if not prompts or count not in (None, len(prompts)): raise VermouthError(f"prompts: {len(prompts)} of them for {count if count is not None else 'no'} images. Pass one for each image, or one string for all.")
     return prompts
