@@ -43,10 +43,10 @@ def choose(
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise VermouthError(f"{argument}={value!r}: unknown. Choose from {', '.join(choices)}.{hint}")
 
-# %% ../nbs/00_core.ipynb #91389f82
+# %% ../nbs/00_core.ipynb #7204b52b
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
+# %% ../nbs/00_core.ipynb #bca21a0a
 def pick_device(
     device: str | torch.device | None = None, # "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is
 ) -> torch.device:
@@ -78,13 +78,13 @@ def in_test() -> bool:
     "True under `nbdev_test`, which sets `IN_TEST=1`: results notebooks then shrink themselves."
     return os.environ.get("IN_TEST", "") not in ("", "0")
 
-# %% ../nbs/00_core.ipynb #030c99c8
+# %% ../nbs/00_core.ipynb #1d6fe489
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
 
 # Pillow's own bomb warning would come first and without a remedy
 Image.MAX_IMAGE_PIXELS = None
 
-
+# %% ../nbs/00_core.ipynb #bcb2c35b
 def read_image(
     path: str | Path,  # any format that Pillow opens; of an animation, the first frame
     mode: str = "RGB", # Pillow mode of the result
@@ -132,7 +132,7 @@ def image_tensor(
     if not isinstance(image, Tensor): raise VermouthError(f"images: {type(image).__name__} {str(image)[:40]!r} is not an image. Pass paths, PIL images, uint8 arrays or tensors.")
     return resize(check_image(image), size)
 
-# %% ../nbs/00_core.ipynb #59a8ae8c
+# %% ../nbs/00_core.ipynb #8eb653b5
 def check_image(
     image: Tensor, # (3,H,W)
 ) -> Tensor:       # the same, float32
@@ -143,7 +143,7 @@ def check_image(
     if image.abs().max() > 1.01: raise VermouthError(f"images: a tensor with values up to {image.abs().max():.3g}. Scale it to [-1, 1].")
     return image.float()
 
-
+# %% ../nbs/00_core.ipynb #b12932da
 def resize(
     image: Tensor,                                   # (3,H,W)
     size: int | tuple[int, int] | None,              # side, or (height, width); None keeps the size
@@ -169,7 +169,7 @@ def image_batch(
     if len(sizes) > 1: raise VermouthError(f"images: sizes differ ({', '.join(f'{h}×{w}' for h, w in sorted(sizes)[:4])}). Give size=, or pass images of one size.")
     return torch.stack(batch)
 
-# %% ../nbs/00_core.ipynb #caabdf61
+# %% ../nbs/00_core.ipynb #469ad8fd
 def _commit() -> str:
     "Short hash of the checkout this package runs from, with a + for uncommitted changes; empty for an installed wheel."
     root = Path(find_spec("vermouth").origin).parents[1]
@@ -180,7 +180,7 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired): return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
 
-
+# %% ../nbs/00_core.ipynb #a1add983
 def _version(package: str) -> str:
     try: return version(package)
     except PackageNotFoundError: return "absent"
@@ -195,10 +195,10 @@ def provenance(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
     return {"commit": _commit(), "versions": " ".join(f"{p}={_version(p)}" for p in packages), "device": name}
 
-# %% ../nbs/00_core.ipynb #4687fbb9
+# %% ../nbs/00_core.ipynb #8f229ee8
 ROW = ("task", "dataset", "method", "setting", "metric", "value", "seed", "n")
 
-
+# %% ../nbs/00_core.ipynb #2bed29ca
 def append_rows(
     path: str | Path,              # the CSV file, made if it is not there
     rows: Iterable[dict],          # each with the columns of `ROW`

@@ -1,0 +1,38 @@
+"The results pages as papermill runs them: from a shell's point of view, in a folder of their own."
+import os
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import pytest
+from conftest import ROOT
+
+DATA = os.environ.get("VERMOUTH_DATA")
+METHODS = {"Vermouth", "U-head on random weights", "training-free backbone", "training-free, random weights", "CLIP image tower", "caption only", "raw pixels"}
+
+
+def run(page, folder, **parameters):
+    "Execute a page with parameters in `folder`; the rows it wrote."
+    papermill.execute_notebook(str(ROOT / "nbs" / page), str(folder / "out.ipynb"), parameters=parameters, cwd=str(folder), progress_bar=False)
+    return pd.read_csv(folder / "results" / f"{Path(page).stem}.csv")
+
+
+def test_sbir_writes_every_method_with_its_origin(tmp_path):
+    rows = run("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    assert set(rows.method) == METHODS
+    assert rows.value.between(0, 1).all() and (rows.n == 24).all()
+    assert rows.versions.str.contains("torch=").all() and rows.device.notna().all() and (rows.seconds > 0).all()
+    assert (tmp_path / "results" / "10_sbir.png").stat().st_size > 10_000
+    again = run("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    assert len(again) == 2 * len(rows), "a second run appends"
+    assert again.value[len(rows):].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
+
+
+@pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
+def test_sbir_reads_real_sketches(tmp_path):
+    rows = run("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=str(Path(DATA) / "sbir" / "Sketchy"), shots=1, epochs=1, limit=50, uhead="pico")
+    assert set(rows.method) == METHODS and (rows.n == 50).all()
+
+
+def test_a_wrong_name_says_which_are_right(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="dataset='sketchi'.*Choose from"): run("10_sbir.ipynb", tmp_path, dataset="sketchi")
