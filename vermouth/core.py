@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_PIXELS', 'ROW', 'VermouthError', 'choose', 'pick_device', 'pick_dtype', 'seed_everything', 'in_test',
-           'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'provenance', 'append_rows']
+           'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'provenance', 'append_rows',
+           'picture']
 
-# %% ../nbs/00_core.ipynb #ecc67778
+# %% ../nbs/00_core.ipynb #1cd9865f
 import csv
 import difflib
+import io
 import os
 import platform
 import random
@@ -218,3 +220,19 @@ def append_rows(
         if new: table.writeheader()
         table.writerows(row | stamp for row in rows)
     return [row | stamp for row in rows]
+
+# %% ../nbs/00_core.ipynb #c57750e8
+def picture(
+    figure: Any,                    # a matplotlib figure; closed afterwards
+    path: str | Path | None = None, # where to save it as PNG; None saves nothing
+    dpi: int = 80,                  # pixels per inch
+    colours: int = 64,              # of the palette
+) -> Image.Image:
+    "A figure as a small palette image, which Jupyter shows."
+    import matplotlib.pyplot as plt  # only who draws pays for it
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    plt.close(figure)  # or Jupyter shows it a second time
+    small = Image.open(buffer).convert("RGB").quantize(colours)
+    if path is not None: small.save(path, optimize=True)
+    return small

@@ -7,7 +7,7 @@ __all__ = ['CLIPS', 'TEMPLATES', 'PROMPT_MODES', 'Captioner', 'load_captioner', 
            'text_embeddings', 'image_embeddings', 'class_prompts', 'class_embeddings', 'shuffled', 'guessed',
            'make_prompts']
 
-# %% ../nbs/03_text.ipynb #b360d423
+# %% ../nbs/03_text.ipynb #cead4528
 import json
 import os
 import warnings
@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from .core import VermouthError, choose, flatten, image_tensor, pick_device
 
-# %% ../nbs/03_text.ipynb #8873cbf1
+# %% ../nbs/03_text.ipynb #bc8e5f5d
 def _pil(
     image: Any,      # path, PIL image, uint8 array (H,W,3), or tensor (3,H,W) in [-1,1]
 ) -> Image.Image:    # RGB
@@ -39,7 +39,7 @@ def _pil(
     pixels = ((image_tensor(image) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/03_text.ipynb #18a3a06e
+# %% ../nbs/03_text.ipynb #05d12ed1
 def _as_list(
     images: Any, # one image, or many: a list, an array (B,H,W,3), a tensor (B,3,H,W)
 ) -> Sequence:
@@ -48,12 +48,12 @@ def _as_list(
     if not len(images): raise VermouthError("images: an empty list. Pass at least one image.")
     return images
 
-# %% ../nbs/03_text.ipynb #c7e4ac55
+# %% ../nbs/03_text.ipynb #b9eaf389
 def _batches(images: Sequence, batch_size: int) -> Iterator[list[Image.Image]]:
     if batch_size < 1: raise VermouthError(f"batch_size={batch_size}: a batch holds at least one. Pass 1 or more.")
     for i in range(0, len(images), batch_size): yield [_pil(im) for im in images[i:i + batch_size]]
 
-# %% ../nbs/03_text.ipynb #e1df5dab
+# %% ../nbs/03_text.ipynb #638b6855
 def _weights(
     argument: str, # whose value `name` is, for the message
     name: str,     # "toybox", a folder, or a hub id
@@ -67,13 +67,13 @@ def _weights(
     if name == "toybox": raise VermouthError(f"{argument}='toybox': {folder} is missing. Reinstall vermouth, or pass a hub id or a folder.")
     return str(name)
 
-# %% ../nbs/03_text.ipynb #723fd0d9
+# %% ../nbs/03_text.ipynb #44d0992a
 def _absent(argument: str, name: str | Path, needs: str, error: Exception) -> VermouthError:
     "What to say where weights cannot be loaded, and how to get them."
     remedy = f"The folder needs {needs}." if Path(name).is_dir() else f"Load it once where there is a network, or pass 'toybox' or a folder with {needs}."
     return VermouthError(f"{argument}={str(name)!r}: cannot be loaded here ({str(error).splitlines()[0].rstrip('.')}). {remedy}")
 
-# %% ../nbs/03_text.ipynb #2d2cf0c7
+# %% ../nbs/03_text.ipynb #b49dbf03
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No loading bars for models that load in a blink; the caller's setting comes back."
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../nbs/03_text.ipynb #3305551e
+# %% ../nbs/03_text.ipynb #73193d4f
 class Captioner:
     "A frozen BLIP: images in, one sentence each out."
 
@@ -107,7 +107,7 @@ class Captioner:
             captions += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [c.strip() for c in captions]
 
-# %% ../nbs/03_text.ipynb #a9f2b1e7
+# %% ../nbs/03_text.ipynb #2fbe67b3
 def load_captioner(
     name: str | Path,                           # "toybox", a BLIP folder, or a hub id such as "Salesforce/blip-image-captioning-base"
     device: str | torch.device | None = None,   # None takes the best one there is
@@ -124,7 +124,7 @@ def load_captioner(
     if lost := report["missing_keys"]: raise VermouthError(f"captioner={str(name)!r}: {len(lost)} weights are missing, such as {min(lost)}. Pass a complete BLIP captioner.")
     return Captioner(model.to(pick_device(device)), processor, str(name))
 
-# %% ../nbs/03_text.ipynb #d7989b4f
+# %% ../nbs/03_text.ipynb #529fb5c0
 @dataclass(frozen=True, eq=False)
 class Clip:
     "A frozen open_clip model with what it needs to read words and images."
@@ -141,7 +141,7 @@ class Clip:
         "Width of the shared space of texts and images."
         return self.model.visual.output_dim
 
-# %% ../nbs/03_text.ipynb #b528489e
+# %% ../nbs/03_text.ipynb #3ae27383
 def _clip_source(
     name: str | Path, # as for `load_clip`
 ) -> dict:            # arguments for `open_clip.create_model_and_transforms`
@@ -159,7 +159,7 @@ def _clip_source(
     if not str(path).endswith(".safetensors"): raise VermouthError(f"clip={place!r}: only pickled weights exist ({Path(path).name}). Choose weights in safetensors format.")
     return source
 
-# %% ../nbs/03_text.ipynb #b4097891
+# %% ../nbs/03_text.ipynb #0c186f2f
 def load_clip(
     name: str | Path,                         # "toybox", an open_clip folder, "hf-hub:owner/name", or "architecture/weights" as "ViT-L-14/openai"
     device: str | torch.device | None = None, # None takes the best one there is
@@ -174,10 +174,10 @@ def load_clip(
     except (OSError, RuntimeError, ValueError, SafetensorError) as e: raise _absent("clip", name, "open_clip_config.json, open_clip_model.safetensors and its tokenizer", e) from e
     return Clip(model.eval().requires_grad_(False), tokenizer, preprocess, str(name))
 
-# %% ../nbs/03_text.ipynb #bb064bae
+# %% ../nbs/03_text.ipynb #11cfd7d0
 CLIPS = {768: "ViT-L-14/openai", 1024: "ViT-H-14/laion2b_s32b_b79k"}  # SD 1.x, SD 2.x
 
-# %% ../nbs/03_text.ipynb #96f8ed3a
+# %% ../nbs/03_text.ipynb #ed3685e1
 def clip_for(
     backbone: str | Path | int, # the backbone's name as given to `load_backbone`, or its cross-attention width
 ) -> str:                       # a name for `load_clip`
@@ -194,7 +194,7 @@ def clip_for(
     if width in CLIPS: return CLIPS[width]
     raise VermouthError(f"backbone={str(backbone)!r}: no CLIP known for text width {width}. Known are {', '.join(map(str, CLIPS))}; name the CLIP yourself, as in load_clip('ViT-L-14/openai').")
 
-# %% ../nbs/03_text.ipynb #63c744a3
+# %% ../nbs/03_text.ipynb #a53f8a75
 @torch.inference_mode()
 def text_embeddings(
     texts: str | Sequence[str], # one text or N of them
@@ -214,7 +214,7 @@ def text_embeddings(
         out.append(F.normalize(clip.model.encode_text(tokens.to(clip.device)).float(), dim=-1))
     return torch.cat(out)
 
-# %% ../nbs/03_text.ipynb #6d557e1d
+# %% ../nbs/03_text.ipynb #13f596c6
 @torch.inference_mode()
 def image_embeddings(
     images: Any,          # one image or many, of any sizes: paths, PIL images, uint8 arrays, tensors in [-1,1]
@@ -225,10 +225,10 @@ def image_embeddings(
     out = [clip.model.encode_image(torch.stack([clip.preprocess(im) for im in batch]).to(clip.device)) for batch in _batches(_as_list(images), batch_size)]
     return F.normalize(torch.cat(out).float(), dim=-1)
 
-# %% ../nbs/03_text.ipynb #4dc146d5
+# %% ../nbs/03_text.ipynb #9ceceb4d
 TEMPLATES = ("a photo of {}",)
 
-# %% ../nbs/03_text.ipynb #69231b97
+# %% ../nbs/03_text.ipynb #b1209ec0
 def class_prompts(
     names: Sequence[str],     # K different class names; underscores are read as spaces
     template: str = TEMPLATES[0], # holds one {} for the name
@@ -242,7 +242,7 @@ def class_prompts(
     if template.count("{}") != 1: raise VermouthError(f"template={template!r}: needs one {{}} where the name goes, as in 'a photo of {{}}'.")
     return [template.replace("{}", n) for n in plain]
 
-# %% ../nbs/03_text.ipynb #202d1df1
+# %% ../nbs/03_text.ipynb #f3c08bf9
 def class_embeddings(
     names: Sequence[str],                  # K different class names; underscores are read as spaces
     clip: Clip,                            # from `load_clip`
@@ -253,10 +253,10 @@ def class_embeddings(
     if not templates: raise VermouthError("templates: an empty list. Pass at least one, such as 'a photo of {}'.")
     return F.normalize(torch.stack([text_embeddings(class_prompts(names, t), clip) for t in templates]).mean(0), dim=-1)
 
-# %% ../nbs/03_text.ipynb #df75f34f
+# %% ../nbs/03_text.ipynb #57033f38
 PROMPT_MODES = ("caption", "empty", "class", "random", "oracle")
 
-# %% ../nbs/03_text.ipynb #d5c4230e
+# %% ../nbs/03_text.ipynb #076df257
 def shuffled(
     captions: Sequence[str], # N captions
     seed: int = 0,           # fixes who gets whose
@@ -268,7 +268,7 @@ def shuffled(
     for here, there in zip(order, order[1:] + order[:1]): out[here] = captions[there]
     return out
 
-# %% ../nbs/03_text.ipynb #5098c4ad
+# %% ../nbs/03_text.ipynb #29d5e78d
 def guessed(
     images: Any,              # N images
     names: Sequence[str],     # candidate class names
@@ -278,7 +278,7 @@ def guessed(
     "CLIP's zero-shot guess for each image: the candidate with the largest cosine."
     return (image_embeddings(images, clip) @ class_embeddings(names, clip, template).T).argmax(1).tolist()
 
-# %% ../nbs/03_text.ipynb #8e8f3d33
+# %% ../nbs/03_text.ipynb #10144b55
 def make_prompts(
     mode: str,                                # one of `PROMPT_MODES`
     images: Any,                              # N images

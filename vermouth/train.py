@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KeptFeatures', 'Paired', 'hold_back', 'train_head']
 
-# %% ../nbs/09_train.ipynb #038d5286
+# %% ../nbs/09_train.ipynb #c5ec66ab
 import contextlib
+import io
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -86,7 +87,7 @@ def _loaders(data: KeptFeatures, groups: np.ndarray | None, batch_size: int, see
     loader.rng.seed(seed)
     return DataLoaders(loader, DataLoader(valid, bs=batch_size, n_inp=n_inp, num_workers=0), device=device)
 
-# %% ../nbs/09_train.ipynb #a979e059
+# %% ../nbs/09_train.ipynb #3afc6ffc
 def train_head(
     head: nn.Module,                  # list of maps (B,C,h,w) → (B,D); trained in place, the best epoch's weights stay
     maps: Sequence[Tensor],           # (N,C,h,w) per level, read once
@@ -111,11 +112,11 @@ def train_head(
     loaders = _loaders(KeptFeatures(maps, labels, np.arange(len(labels))), groups, batch_size, seed, device)
     with tempfile.TemporaryDirectory() as folder:
         best = SaveModelCallback(monitor="valid_loss", fname="best")
-        best.verbose = False
         cbs = [best, CSVLogger(fname="log.csv"), *([GradientClip(clip)] if clip else [])]
         learn = Learner(loaders, model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), metrics=accuracy, path=folder, cbs=cbs, wd=weight_decay)
         with contextlib.ExitStack() as hush:
-            if quiet: hush.enter_context(learn.no_logging()); hush.enter_context(learn.no_bar())
+            if quiet:  # SaveModelCallback prints each improvement, whatever its verbosity
+                for context in (learn.no_logging(), learn.no_bar(), contextlib.redirect_stdout(io.StringIO())): hush.enter_context(context)
             learn.fit(epochs, lr)
         history = pd.read_csv(Path(folder) / "log.csv")
     head.eval()

@@ -6,15 +6,15 @@
 __all__ = ['Embed', 'Features', 'in_chunks', 'prompts_for', 'read_items', 'embed_items', 'train_sbir', 'evaluate', 'features_of',
            'pooled', 'raw_pixels', 'baselines', 'compare', 'hits_panel']
 
-# %% ../../nbs/tasks/00_sbir.ipynb #d5f26837
+# %% ../../nbs/tasks/00_sbir.ipynb #a9aa3379
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -162,7 +162,7 @@ def compare(
     features = {name: features_of(embed, split, prompts, "" if quiet else name) for name, embed in embeddings.items()}
     return features, pd.DataFrame({name: evaluate(*f, split) for name, f in features.items()}).T
 
-# %% ../../nbs/tasks/00_sbir.ipynb #17db547f
+# %% ../../nbs/tasks/00_sbir.ipynb #f04ad0d2
 def hits_panel(
     features: Features,
     split: SketchSplit,
@@ -175,7 +175,8 @@ def hits_panel(
     labels = np.array([item.label for item in split.test_sketches])
     rows = [rng.choice(np.flatnonzero(labels == c)) for c in rng.permutation(np.unique(labels))[:queries]]
     order = (F.normalize(features[0][rows], dim=-1) @ F.normalize(features[1], dim=-1).T).argsort(dim=1, descending=True, stable=True)
-    fig, axs = plt.subplots(len(rows), hits + 1, figsize=(hits + 1, len(rows) * 1.12), squeeze=False)
+    fig = Figure(figsize=(0.9 * (hits + 1), len(rows)))
+    axs = fig.subplots(len(rows), hits + 1, squeeze=False)
     for row, line, found in zip(rows, axs, order.tolist()):
         query = split.test_sketches[row]
         _frame(line[0], query, "black", query.name)
@@ -185,8 +186,8 @@ def hits_panel(
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../../nbs/tasks/00_sbir.ipynb #32bd16d4
-def _frame(ax: plt.Axes, item: SketchItem, colour: str, title: str) -> None:
+# %% ../../nbs/tasks/00_sbir.ipynb #97befe8b
+def _frame(ax: Axes, item: SketchItem, colour: str, title: str) -> None:
     ax.imshow(item.image); ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=7, pad=2, color=colour)
     for spine in ax.spines.values(): spine.set(color=colour, linewidth=2.5)
