@@ -221,12 +221,12 @@ def append_rows(
         table.writerows(row | stamp for row in rows)
     return [row | stamp for row in rows]
 
-# %% ../nbs/00_core.ipynb #c57750e8
+# %% ../nbs/00_core.ipynb #488949da
 def picture(
     figure: Any,                    # a matplotlib figure; closed afterwards
     path: str | Path | None = None, # where to save it as PNG; None saves nothing
     dpi: int = 80,                  # pixels per inch
-    colours: int = 64,              # of the palette
+    colours: int = 256,             # of the palette
 ) -> Image.Image:
     "A figure as a small palette image, which Jupyter shows."
     import matplotlib.pyplot as plt  # only who draws pays for it

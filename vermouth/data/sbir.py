@@ -6,7 +6,7 @@
 __all__ = ['SKETCHY', 'LAYOUTS', 'DATASETS', 'SUFFIXES', 'TOYBOX_ALL', 'TRAIN_WORLD', 'TEST_WORLD', 'SketchItem', 'SketchSplit',
            'Layout', 'plain', 'read_pairs', 'few_shots', 'load_sbir', 'show_split']
 
-# %% ../../nbs/data/01_sbir.ipynb #2c6fcc46
+# %% ../../nbs/data/01_sbir.ipynb #d8318973
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..core import VermouthError, choose, read_image
 
-# %% ../../nbs/data/01_sbir.ipynb #37dece57
+# %% ../../nbs/data/01_sbir.ipynb #5928983f
 @dataclass(frozen=True)
 class SketchItem:
     "One sketch or photo, read when it is looked at."
@@ -33,7 +33,7 @@ class SketchItem:
         world, index = self.source
         return world[index].image
 
-# %% ../../nbs/data/01_sbir.ipynb #f7aff2e4
+# %% ../../nbs/data/01_sbir.ipynb #f7568eb6
 @dataclass(frozen=True)
 class SketchSplit:
     "Seen classes to train on; unseen classes whose sketches are the queries and whose photos are the gallery."
@@ -49,7 +49,7 @@ class SketchSplit:
         return (f"{self.dataset}: {len(self.seen)} seen classes, {len(self.train_sketches)} sketches, {len(self.train_photos)} photos; "
                 f"{len(self.unseen)} unseen, {len(self.test_sketches)} queries, {len(self.test_photos)} gallery photos")
 
-# %% ../../nbs/data/01_sbir.ipynb #ee2ae546
+# %% ../../nbs/data/01_sbir.ipynb #93dfb208
 @dataclass(frozen=True)
 class Layout:
     "Where one data set keeps its lists, below root; of several names the first that exists."
@@ -68,14 +68,14 @@ LAYOUTS = {
 }
 DATASETS = ("toybox", *LAYOUTS, "folder")
 
-# %% ../../nbs/data/01_sbir.ipynb #0dc21884
+# %% ../../nbs/data/01_sbir.ipynb #6517b9d9
 def plain(
     name: str, # as data sets spell it
 ) -> str:      # as a prompt wants it
     "A class name with spaces for underscores."
     return " ".join(name.replace("_", " ").split())
 
-# %% ../../nbs/data/01_sbir.ipynb #f07ddc1a
+# %% ../../nbs/data/01_sbir.ipynb #52ad8268
 def read_pairs(
     path: Path,        # a text file with lines "something label"
 ) -> list[tuple[str, int]]: # in the file's order
@@ -89,7 +89,7 @@ def read_pairs(
     if not pairs: raise VermouthError(f"{path}: no lines. Restore the official file.")
     return pairs
 
-# %% ../../nbs/data/01_sbir.ipynb #4b8e886c
+# %% ../../nbs/data/01_sbir.ipynb #beb9c090
 def _list_file(
     dataset: str, root: Path, names: Sequence[str],
 ) -> Path: # the first of `names` below the data set's list folder that exists
@@ -99,19 +99,19 @@ def _list_file(
     raise VermouthError(f"root={str(root)!r}: {layout.lists}/{' or '.join(names)} is missing, so this is not the root of {dataset}. "
                         f"Get the lists from github.com/buptLinfy/ZSE-SBIR (datasets/) and the images from {layout.images}.")
 
-# %% ../../nbs/data/01_sbir.ipynb #68c34cd4
+# %% ../../nbs/data/01_sbir.ipynb #cefb8fa3
 def _class_names(path: Path) -> tuple[str, ...]: # in the order of their labels
     pairs = read_pairs(path)
     if sorted(label for _, label in pairs) != list(range(len(pairs))): raise VermouthError(f"{path}: labels are not 0 to {len(pairs) - 1}, each once. Restore the official file.")
     return tuple(plain(name) for name, _ in sorted(pairs, key=lambda p: p[1]))
 
-# %% ../../nbs/data/01_sbir.ipynb #e9500241
+# %% ../../nbs/data/01_sbir.ipynb #922080e4
 def _listed_items(path: Path, root: Path, names: tuple[str, ...]) -> list[SketchItem]:
     pairs = read_pairs(path)
     if wrong := [p for p, label in pairs if label >= len(names)]: raise VermouthError(f"{path}: {wrong[0]!r} has a label beyond the {len(names)} class names. The lists belong to different splits; restore the official ones.")
     return [SketchItem(root / p, label, names[label], p) for p, label in pairs]
 
-# %% ../../nbs/data/01_sbir.ipynb #b959dc49
+# %% ../../nbs/data/01_sbir.ipynb #eeff91e0
 def _official(dataset: str, root: Path) -> SketchSplit:
     "All that the lists name, whether the files are there or not."
     layout, items = LAYOUTS[dataset], []
@@ -121,10 +121,10 @@ def _official(dataset: str, root: Path) -> SketchSplit:
             items.append(_listed_items(_list_file(dataset, root, [k.format(part) for k in kind]), root, names))
     return SketchSplit(dataset, *items, seen, unseen)
 
-# %% ../../nbs/data/01_sbir.ipynb #0b67d985
+# %% ../../nbs/data/01_sbir.ipynb #ec93914c
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# %% ../../nbs/data/01_sbir.ipynb #09d912fb
+# %% ../../nbs/data/01_sbir.ipynb #905d779e
 def _split_names(names: Sequence[str], unseen: Sequence[str] | None, seed: int) -> tuple[list[str], list[str]]:
     "Seen and unseen class folders."
     if len(names) < 2: raise VermouthError(f"root: {len(names)} class. Zero-shot retrieval needs at least one seen and one unseen class.")
@@ -135,7 +135,7 @@ def _split_names(names: Sequence[str], unseen: Sequence[str] | None, seed: int) 
     if not 0 < len(unseen) < len(names): raise VermouthError(f"unseen: {len(unseen)} of {len(names)} classes. Leave at least one seen and one unseen.")
     return [n for n in names if n not in unseen], [n for n in names if n in unseen]
 
-# %% ../../nbs/data/01_sbir.ipynb #50d92aff
+# %% ../../nbs/data/01_sbir.ipynb #dd32c40f
 def _class_folders(root: Path) -> list[str]:
     kinds = {kind: {p.name for p in (root / kind).iterdir() if p.is_dir()} if (root / kind).is_dir() else None for kind in ("sketch", "photo")}
     if absent := [kind for kind, names in kinds.items() if names is None]: raise VermouthError(f"root={str(root)!r}: no folder {absent[0]}/. Put images into sketch/<class>/ and photo/<class>/.")
@@ -143,7 +143,7 @@ def _class_folders(root: Path) -> list[str]:
         if lone := sorted(kinds[here] - kinds[there]): raise VermouthError(f"root={str(root)!r}: class {lone[0]!r} is in {here}/ but not in {there}/. Give both the same classes.")
     return sorted(kinds["sketch"])
 
-# %% ../../nbs/data/01_sbir.ipynb #9789509e
+# %% ../../nbs/data/01_sbir.ipynb #0740ada4
 def _folders(root: Path, unseen: Sequence[str] | None, seed: int) -> SketchSplit:
     "Images by folder, their names sorted."
     def items(kind, names):
@@ -158,10 +158,10 @@ def _folders(root: Path, unseen: Sequence[str] | None, seed: int) -> SketchSplit
     lists = [items(kind, names) for names in parts for kind in ("sketch", "photo")]
     return SketchSplit("folder", *lists, *(tuple(map(plain, names)) for names in parts))
 
-# %% ../../nbs/data/01_sbir.ipynb #dc525c89
+# %% ../../nbs/data/01_sbir.ipynb #3f2747f3
 TOYBOX_ALL, TRAIN_WORLD, TEST_WORLD = 40, 10_000, 90_000  # images per class for shots=0; seeds of the worlds
 
-# %% ../../nbs/data/01_sbir.ipynb #f9636174
+# %% ../../nbs/data/01_sbir.ipynb #87fd81c7
 def _toybox(shots: int, test_per_class: int, seed: int) -> SketchSplit:
     from vermouth.data.toybox import SEEN, UNSEEN, Toybox  # only this data set needs it
 
@@ -173,14 +173,14 @@ def _toybox(shots: int, test_per_class: int, seed: int) -> SketchSplit:
     test = [items(kind, "unseen", UNSEEN, test_per_class, TEST_WORLD) for kind in ("sketch", "photo")]
     return SketchSplit("toybox", *train, *test, tuple(SEEN), tuple(UNSEEN))
 
-# %% ../../nbs/data/01_sbir.ipynb #1980bbb9
+# %% ../../nbs/data/01_sbir.ipynb #1537577d
 def _by_class(items: Sequence[SketchItem], seed: int) -> dict[int, list[int]]:
     "Positions of each class's items, each class in a random order of its own."
     members = {}
     for i, item in enumerate(items): members.setdefault(item.label, []).append(i)
     return {label: [where[j] for j in np.random.default_rng([seed, label]).permutation(len(where))] for label, where in sorted(members.items())}
 
-# %% ../../nbs/data/01_sbir.ipynb #28181b03
+# %% ../../nbs/data/01_sbir.ipynb #13cc67e3
 def few_shots(
     items: Sequence[SketchItem], # of any classes
     names: Sequence[str],        # the classes, by label
@@ -196,26 +196,26 @@ def few_shots(
         if have < shots: raise VermouthError(f"shots={shots}: class {name!r} has {have} {kind}. Ask for at most {have}, or add images.")
     return [items[i] for i in sorted(i for where in members.values() for i in where[:shots])]
 
-# %% ../../nbs/data/01_sbir.ipynb #7b663823
+# %% ../../nbs/data/01_sbir.ipynb #d8695958
 def _limited(items: list[SketchItem], limit: int | None) -> list[SketchItem]:
     "At most `limit` items, taken class by class in turn, the same ones in every run."
     if limit is None or len(items) <= limit: return items
     turns = [(turn, label, i) for label, where in _by_class(items, 0).items() for turn, i in enumerate(where)]
     return [items[i] for i in sorted(i for _, _, i in sorted(turns)[:limit])]
 
-# %% ../../nbs/data/01_sbir.ipynb #a84dbb81
+# %% ../../nbs/data/01_sbir.ipynb #3fd878a8
 def _check_files(split: SketchSplit, root: Path) -> None:
     "Every chosen file must be there before a long run starts."
     items = [*split.train_sketches, *split.train_photos, *split.test_sketches, *split.test_photos]
     if gone := [item.key for item in items if not item.source.is_file()]:
         raise VermouthError(f"root={str(root)!r}: {len(gone)} of {len(items)} listed images are missing, first {gone[0]!r}. Unpack the images of {split.dataset} below root, where its lists expect them.")
 
-# %% ../../nbs/data/01_sbir.ipynb #4b061e16
+# %% ../../nbs/data/01_sbir.ipynb #008bab25
 def _check_counts(**counts: int) -> None:
     for argument, (value, least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least: raise VermouthError(f"{argument}={value!r}: not a count. Pass an integer from {least}.")
 
-# %% ../../nbs/data/01_sbir.ipynb #ec0be4b7
+# %% ../../nbs/data/01_sbir.ipynb #d8604113
 def load_sbir(
     dataset: str = "toybox",             # one of `DATASETS`
     root: str | Path | None = None,      # the folder that holds the official layout; not for toybox
@@ -237,7 +237,7 @@ def load_sbir(
     if dataset != "toybox": _check_files(split, Path(root))
     return split
 
-# %% ../../nbs/data/01_sbir.ipynb #90847c72
+# %% ../../nbs/data/01_sbir.ipynb #69db9cc0
 def show_split(
     split: SketchSplit, # any
     columns: int = 8,   # unseen classes to show

@@ -125,7 +125,7 @@ class Checkpoint:
         _restore(load_file(self.path), *self.parts)
         return int(meta["step"]), float(meta["seconds"])
 
-# %% ../../nbs/pretrain/00_common.ipynb #c1dbf19e
+# %% ../../nbs/pretrain/00_common.ipynb #9b9292fb
 def fit(
     model: nn.Module,                                   # trained in place
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]], # (model, step) → named losses, the first is minimised
@@ -144,6 +144,7 @@ def fit(
     folder = Path(folder)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", model, average, optimiser)
     (step, before), stop = checkpoint.load(), min(stop or s.steps, s.steps)
+    if not step: (folder / "log.csv").unlink(missing_ok=True)  # of an earlier run
     started, saved, rows, window = time.time() - before, time.time(), [], []
     while step < stop:
         for group in optimiser.param_groups: group["lr"] = s.lr_at(step)
