@@ -51,7 +51,7 @@ class Vermouth(nn.Module):
         "What guides the backbone, by `self.prompt`: captions, or nothing."
         return make_prompts(self.prompt, images, captioner=self.frozen["captioner"])
 
-# %% ../nbs/08_model.ipynb #a4f89bff
+# %% ../nbs/08_model.ipynb #5eaac2f8
 @patch
 def read(
     self: Vermouth,
@@ -60,8 +60,8 @@ def read(
     batch_size: int = 32,                  # images in one pass of the backbone
 ) -> list[Tensor]:                         # (B,C,h,w) each, lowest resolution first, float32
     "The frozen half: caption, noise, one pass."
+    if prompts is None: prompts = self.prompts(images)  # the captioner sees the image at its own size
     images = image_batch(images, self.size)
-    if prompts is None: prompts = self.prompts(images)
     return [m.float() for m in self.backbone.features(images, prompts, batch_size=batch_size, **vars(self.settings))]
 
 # %% ../nbs/08_model.ipynb #9ff4c37f
@@ -89,7 +89,7 @@ class NameClassifier(nn.Module):
     def forward(self, *maps: Tensor) -> Tensor: # (B,K) logits
         return class_logits(self.head(list(maps)), self.classes)
 
-# %% ../nbs/08_model.ipynb #2a99ac1a
+# %% ../nbs/08_model.ipynb #d27716e2
 @patch
 @torch.inference_mode()
 def embed(
@@ -99,10 +99,11 @@ def embed(
     batch_size: int = 32,                 # images at a time, in both halves
 ) -> Tensor:                              # (B,D) float32 of length 1
     "Images as unit vectors in the space of class names: sketches, photos and words compare by dot product."
+    if prompts is None: prompts = self.prompts(images)
     images, was = image_batch(images, self.size), self.training
     self.eval()
     parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
-    out = torch.cat([self(self.read(images[s], None if prompts is None else prompts[s], batch_size)) for s in parts])
+    out = torch.cat([self(self.read(images[s], prompts[s], batch_size)) for s in parts])
     self.train(was)
     return F.normalize(out, dim=-1)
 
