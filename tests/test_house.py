@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from functools import cache
 from importlib.metadata import packages_distributions
+from pathlib import PurePosixPath
 from statistics import median
 
 import nbformat
+import pytest
 import yaml
 from conftest import ROOT
 from IPython.core.inputtransformer2 import TransformerManager
@@ -319,27 +321,32 @@ def test_the_site_lists_every_page_once():
     assert sorted(entries) == sorted(PAGES), f"_quarto.yml lacks {sorted(set(PAGES) - set(entries))}, has in excess {sorted(set(entries) - set(PAGES))}"
 
 
-def test_no_two_pages_of_the_site_share_an_address():
-    "nbdev drops the numbers: 05_uhead and 15_uhead would both become uhead.html."
-    address = {page: re.sub(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$", r"\1\2", page.lower()) for page in PAGES}
-    clashes = [f"{page}: {a}" for page, a in address.items() if list(address.values()).count(a) > 1]
-    assert not clashes, clashes
-
-
 def test_the_site_agrees_with_settings():
     site, ours = quarto()["website"], settings()
     assert [site["title"], site["description"], site["repo-url"], site["repo-branch"]] == [ours[k] for k in ("title", "description", "git_url", "branch")]
     assert quarto()["project"]["output-dir"] == ours["doc_path"]
 
 
-def test_nbdev_can_process_every_page(checkout):
-    "All of nbdev_docs that does not need Quarto."
+@pytest.fixture(scope="module")
+def site(checkout):
+    "The YAML of every page as Quarto would get it: all of nbdev_docs that does not need Quarto."
     code = f"from nbdev.serve import proc_nbs\nproc_nbs(n_workers={os.cpu_count()})"
     run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    for page in PAGES:
-        made = nbformat.read(checkout / "_proc" / page, as_version=4)
-        assert "title:" in made.cells[0].source and "description:" in made.cells[0].source, page
+    heads = {page: nbformat.read(checkout / "_proc" / page, as_version=4).cells[0].source for page in PAGES}
+    return {page: yaml.safe_load(head.strip().strip("-")) for page, head in heads.items()}
+
+
+def test_every_page_of_the_site_has_a_title_and_a_sentence(site):
+    bad = [page for page, head in site.items() if not head.get("title") or not head.get("description")]
+    assert not bad, bad
+
+
+def test_no_two_pages_of_the_site_share_an_address(site):
+    "nbdev drops the numbers: 05_uhead and 15_uhead would both become uhead.html."
+    address = {page: (PurePosixPath(page).parent / head["output-file"]).as_posix().lower() for page, head in site.items()}
+    clashes = [f"{page}: {a}" for page, a in address.items() if list(address.values()).count(a) > 1]
+    assert not clashes, clashes
 
 
 # README.md
