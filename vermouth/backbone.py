@@ -6,11 +6,12 @@
 __all__ = ['NOISES', 'TRAJECTORIES', 'SCHEDULE', 'check_parts', 'Backbone', 'check_size', 'prompt_list', 'FeatureSettings',
            'latents_at', 'read', 'load_part', 'load_scheduler', 'load_tokenizer', 'load_backbone']
 
-# %% ../nbs/02_backbone.ipynb #4b39c515
+# %% ../nbs/02_backbone.ipynb #03ae91e7
 import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import WEIGHTS, locate
-from .core import VermouthError, choose, image_batch, pick_device, pick_dtype
+from .core import VermouthError, choose, fingerprint, image_batch, pick_device, pick_dtype
 from .frozen import frozen, in_batches
 from .hooks import attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
 from .noise import PREDICTIONS, check_timesteps, ddim_walk, inversion_path, mix, noise_like
@@ -50,7 +51,7 @@ def check_parts(
     if not hasattr(scheduler, "alphas_cumprod"): raise VermouthError(f"scheduler: {type(scheduler).__name__} has no alphas_cumprod. Use the checkpoint's DDPM, DDIM or PNDM scheduler.")
     choose("prediction_type", scheduler.config.prediction_type, PREDICTIONS)
 
-# %% ../nbs/02_backbone.ipynb #625812f3
+# %% ../nbs/02_backbone.ipynb #5e9a3442
 class Backbone:
     "A frozen Stable Diffusion model that is read, not sampled."
 
@@ -70,6 +71,12 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype: return self.unet.dtype
+
+    @cached_property
+    def fingerprint(self) -> str: # 16 hexadecimal digits
+        "What decides the features: the weights of U-Net, VAE and text encoder, and the noise schedule."
+        schedule = " ".join(f"{alpha:.6g}" for alpha in self.alphas)
+        return fingerprint(self.unet, self.vae, self.text_encoder, f"{self.scheduler.config.prediction_type} {schedule}")
 
 # %% ../nbs/02_backbone.ipynb #363a5c9f
 @patch

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_PIXELS', 'ROW', 'VermouthError', 'choose', 'pick_device', 'pick_dtype', 'seed_everything', 'in_test',
-           'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'provenance', 'append_rows',
-           'picture']
+           'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'resized', 'fingerprint',
+           'provenance', 'append_rows', 'picture']
 
-# %% ../nbs/00_core.ipynb #1cd9865f
+# %% ../nbs/00_core.ipynb #377a00dc
 import csv
 import difflib
+import hashlib
 import io
 import os
 import platform
@@ -24,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 # %% ../nbs/00_core.ipynb #67fc4a7d
@@ -170,6 +172,29 @@ def image_batch(
     sizes = {tuple(x.shape[-2:]) for x in batch}
     if len(sizes) > 1: raise VermouthError(f"images: sizes differ ({', '.join(f'{h}×{w}' for h, w in sorted(sizes)[:4])}). Give size=, or pass images of one size.")
     return torch.stack(batch)
+
+# %% ../nbs/00_core.ipynb #7067a5de
+def resized(
+    x: Tensor,             # (B,C,h,w)
+    size: tuple[int, int], # (h', w')
+) -> Tensor:               # (B,C,h',w')
+    "Pool where it shrinks, interpolate where it grows."
+    if size[0] <= x.shape[2] and size[1] <= x.shape[3]: return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+# %% ../nbs/00_core.ipynb #7daf251d
+def fingerprint(
+    *parts: nn.Module | str, # models, and whatever else belongs to them, as text
+) -> str:                    # 16 hexadecimal digits
+    "A short sha256 of what a model is made of, the same in every floating-point type."
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, x in part.state_dict().items() if isinstance(part, nn.Module) else [(part, torch.zeros(0))]:
+            digest.update(f"{name} {tuple(x.shape)}\n".encode())
+            # a cast between float32, bfloat16 and float16 changes every digit of a weight but never its sign, not even where it rounds to zero
+            bits = np.packbits(torch.signbit(x).cpu().numpy()) if x.is_floating_point() else x.long().cpu().numpy()
+            digest.update(bits.tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #469ad8fd
 def _commit() -> str:
