@@ -1,0 +1,159 @@
+"The program `vermouth` as a shell sees it: what it prints, where, and with which exit code."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+from typer.testing import CliRunner
+
+PROGRAM = Path(sys.executable).with_name("vermouth")
+QUIET = os.environ | {"HF_HUB_OFFLINE": "1"}
+SAVE = """from pathlib import Path
+file = Path(out_dir) / "NAME.csv"  # as core.append_rows would, but it loads torch first
+file.parent.mkdir(exist_ok=True)
+head = "" if file.exists() else "task,dataset,method,setting,metric,value,seed,n,versions\\n"
+with file.open("a") as f: f.write(f"{head}t,d,m,,shots,{shots},0,1,torch=2\\n")"""
+
+
+def fresh(*words, cwd=None, **more):
+    "The program in a process of its own."
+    return subprocess.run([PROGRAM, *map(str, words)], cwd=cwd, env=QUIET, capture_output=True, text=True, **more)
+
+
+def shell(*words, **more):
+    "The same without the seconds that a new process takes to load torch."
+    from vermouth.app.cli import app
+    return CliRunner().invoke(app, [str(w) for w in words], **more)
+
+
+def page(path, parameters, *cells):
+    "A notebook with a `parameters` cell."
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)], metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    made.cells[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(made, path)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "Something like a clone of the repository, with three results pages, the second of them broken."
+    (tmp_path / "settings.ini").touch()
+    for name in ("10_first", "12_third"): page(tmp_path / f"nbs/{name}.ipynb", "shots = 4\nout_dir = 'results'", SAVE.replace("NAME", name))
+    page(tmp_path / "nbs/11_second.ipynb", "seed = 0", "raise KeyError('no data')")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Help
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        told = fresh("--help")
+        times.append(time.perf_counter() - started)
+    assert told.returncode == 0 and "run" in told.stdout and "info" in told.stdout
+    assert min(times) < 1, f"vermouth --help takes {min(times):.2f} s"
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys\nfrom typer.testing import CliRunner\nfrom vermouth.app.cli import app\nassert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pandas", "papermill", "diffusers"} & set(loaded)
+
+
+def test_usage_errors_end_in_2():
+    assert [shell(*words).exit_code for words in (["runn"], ["run"], ["run", "x", "-p"], ["run", "x", "-p", "shots"])] == [2] * 4
+
+
+# info
+
+
+def test_info_for_people_and_for_scripts():
+    told, found = shell("info"), json.loads(shell("info", "--json").stdout)
+    assert set(found["toybox"]) == {"captioner", "clip", "expert", "text_encoder", "unet", "vae"} and min(found["toybox"].values()) > 1e6
+    assert found["packages"]["torch"] in told.stdout and "published/paper_results.csv" in told.stdout
+    assert found["device"]["type"] in ("cpu", "cuda", "mps")
+
+
+def test_info_finds_weights_in_the_hub_cache(tmp_path):
+    commit = tmp_path / "hub/models--timm--resnet18.a1_in1k/snapshots/0123"
+    commit.mkdir(parents=True)
+    (commit / "model.safetensors").write_bytes(bytes(1000))
+    found = json.loads(subprocess.run([PROGRAM, "info", "--json"], env=QUIET | {"HF_HUB_CACHE": str(tmp_path / "hub")}, capture_output=True, text=True, check=True).stdout)
+    assert [name for name, repo in found["hub"].items() if repo["bytes"]] == ["timm/resnet18.a1_in1k"]
+
+
+# run
+
+
+def test_an_unknown_parameter_is_refused_in_one_sentence(clone):
+    refused = fresh("run", "10_first", "-p", "shot", "5", cwd=clone)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "parameter='shot': unknown. Choose from shots, out_dir. Did you mean 'shots'?\n"
+    assert not (clone / "out").exists(), "nothing ran"
+
+
+@pytest.mark.parametrize("words, says", [
+    (["run", "10_frst"], "Did you mean '10_first'?"),
+    (["run", "nowhere/10_first.ipynb"], "no such file"),
+    (["run", "10_first", "-p", "shots", "[1, 2"], "starts like a list"),
+    (["run", "10_first", "-f", "none.yaml"], "none.yaml': cannot be read"),
+    (["run", "10_first", "--out", "nbs"], "would be overwritten"),
+    (["run", "all", "--notebooks", "out"], "no results notebook in it"),
+    (["run", "all", "-p", "epoch", "1"], "Choose from shots, out_dir, seed"),
+])
+def test_what_cannot_be_run_is_refused(clone, words, says):
+    refused = shell(*words)
+    assert refused.exit_code == 2 and says in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+
+
+def test_one_page_with_values_from_file_and_shell(clone, monkeypatch):
+    page(clone / "nbs/13_values.ipynb", "shots = 0\nstages = []\nlimit = 0", "assert (shots, stages, limit) == (-1, ['mid', 'up'], 7)")
+    (clone / "few.yaml").write_text("limit: 7\nshots: 3\n")
+    monkeypatch.chdir(clone / "nbs")
+    ran = shell("run", "13_values", "-f", "../few.yaml", "-p", "shots", "-1", "-p", "stages", "[mid, up]", "--json")
+    assert ran.exit_code == 0 and json.loads(ran.stdout)["ok"], ran.stderr
+    assert (clone / "out/13_values.ipynb").exists() and sorted(os.listdir(clone / "nbs")) == sorted(f"{n}.ipynb" for n in ("10_first", "11_second", "12_third", "13_values"))
+
+
+def test_what_runs_leave_behind_is_ignored_by_git():
+    ignored = subprocess.run(["git", "check-ignore", "out/run.json", "out/10_sbir.ipynb", "results/10_sbir.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert len(ignored.stdout.split()) == 3
+
+
+def test_all_goes_on_after_a_failure_and_takes_up_where_it_stopped(clone):
+    first = fresh("run", "all", "-p", "shots", "2", cwd=clone)
+    assert first.returncode == 1 and "11_second" in first.stderr and "KeyError: 'no data'" in first.stderr
+    assert [line.split()[0] for line in first.stdout.splitlines()[:2]] == ["10_first", "12_third"]
+    table = pd.read_csv(clone / "out/results.csv")
+    assert table[["page", "value"]].values.tolist() == [["10_first", 2], ["12_third", 2]] and set(table.versions) == {"torch=2"}
+    page(clone / "nbs/11_second.ipynb", "seed = 0", "'mended'")
+    second = json.loads(shell("run", "all", "-p", "shots", "2", "--json").stdout)
+    assert [(p["skipped"], p["ok"]) for p in second["pages"]] == [(True, True), (False, True), (True, True)]
+    assert len(pd.read_csv(clone / "results/10_first.csv")) == 1, "skipped means not run"
+    third = json.loads(shell("run", "all", "-p", "shots", "3", "--json").stdout)
+    assert [p["skipped"] for p in third["pages"]] == [False, True, False], "other parameters run again; a page that does not know them does not"
+    assert third["rows"] == 2 and pd.read_csv(clone / "out/results.csv").value.tolist() == [3, 3], "of a number measured twice, the newest"
+
+
+def test_all_survives_being_killed(clone):
+    page(clone / "nbs/11_second.ipynb", "seed = 0", "from pathlib import Path\nimport time\nif not Path('go').exists(): Path('here').touch(); time.sleep(600)")
+    running = subprocess.Popen([PROGRAM, "run", "all"], cwd=clone, env=QUIET, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(1200):
+            if (clone / "here").exists(): break
+            time.sleep(0.1)
+        assert (clone / "here").exists(), "the second page never started"
+    finally: os.killpg(running.pid, signal.SIGKILL)
+    (clone / "go").touch()
+    after = json.loads(shell("run", "all", "--json").stdout)
+    assert [(p["notebook"], p["skipped"], p["ok"]) for p in after["pages"]] == [("10_first", True, True), ("11_second", False, True), ("12_third", False, True)]
