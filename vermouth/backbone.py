@@ -6,7 +6,7 @@
 __all__ = ['NOISES', 'TRAJECTORIES', 'SCHEDULE', 'check_parts', 'Backbone', 'check_size', 'prompt_list', 'FeatureSettings',
            'latents_at', 'read', 'load_part', 'load_scheduler', 'load_tokenizer', 'load_backbone']
 
-# %% ../nbs/02_backbone.ipynb #03ae91e7
+# %% ../nbs/02_backbone.ipynb #3a694b01
 import json
 import warnings
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from .checkpoint import WEIGHTS, locate
 from .core import VermouthError, choose, fingerprint, image_batch, pick_device, pick_dtype
 from .frozen import frozen, in_batches
-from .hooks import attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
+from .hooks import as_names, attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
 from .noise import PREDICTIONS, check_timesteps, ddim_walk, inversion_path, mix, noise_like
 
 # %% ../nbs/02_backbone.ipynb #f08beabf
@@ -165,7 +165,7 @@ def encode_text(
 NOISES = ("ddpm", "ddim", "none")
 TRAJECTORIES = ("sequential", "independent")
 
-# %% ../nbs/02_backbone.ipynb #ebeab079
+# %% ../nbs/02_backbone.ipynb #0c26d4ac
 @dataclass(frozen=True)
 class FeatureSettings:
     "How an image is read: everything that decides its features, apart from the backbone, the image and the caption."
@@ -181,6 +181,10 @@ class FeatureSettings:
         stage_rows(self.stages), attention_levels(self.attention)
         choose("noise", self.noise, NOISES), choose("trajectory", self.trajectory, TRAJECTORIES)
         if self.ddim_steps < 1: raise VermouthError(f"ddim_steps={self.ddim_steps}: at least 1.")
+
+    def plain(self) -> dict[str, Any]:
+        "The same in JSON's types: one or several names become a list."
+        return vars(self) | {key: list(as_names(getattr(self, key))) for key in ("timesteps", "stages", "attention")}
 
 # %% ../nbs/02_backbone.ipynb #67589651
 def latents_at(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_PIXELS', 'ROW', 'VermouthError', 'choose', 'pick_device', 'pick_dtype', 'seed_everything', 'in_test',
            'read_image', 'flatten', 'image_tensor', 'check_image', 'resize', 'image_batch', 'resized', 'fingerprint',
-           'provenance', 'append_rows', 'picture']
+           'write_whole', 'provenance', 'append_rows', 'picture']
 
 # %% ../nbs/00_core.ipynb #377a00dc
 import csv
@@ -195,6 +195,20 @@ def fingerprint(
             bits = np.packbits(torch.signbit(x).cpu().numpy()) if x.is_floating_point() else x.long().cpu().numpy()
             digest.update(bits.tobytes())
     return digest.hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #c07b3ca3
+def write_whole(
+    path: str | Path, # the file to make or to replace
+    data: bytes,      # all of it
+) -> None:
+    "Write a file at once: after a crash there is the old one or the new one, never a part. Raises OSError."
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as f:
+            f.write(data); f.flush(); os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #469ad8fd
 def _commit() -> str:

@@ -171,7 +171,7 @@ def adapter(
     narrow = max(1, channels // 4)
     return nn.Sequential(nn.Conv2d(channels, narrow, 1), nn.ReLU(), nn.Conv2d(narrow, channels, 1))
 
-# %% ../nbs/04_expert.ipynb #7bcc995d
+# %% ../nbs/04_expert.ipynb #abda21b4
 class Adapters(nn.Module):
     "The trained part: an expert's maps, adapted, beside the pyramid's."
 
@@ -183,19 +183,19 @@ class Adapters(nn.Module):
     ):
         super().__init__()
         self.pairs = pair_levels(expert.strides, strides)
-        self.uses = tuple(i for i in self.pairs if i is not None) # the expert's maps that are needed, in the order of the levels
         self.joined_dims = tuple(c + (0 if i is None else expert.dims[i]) for c, i in zip(in_dims, self.pairs))
-        self.adapters = nn.ModuleList(adapter(expert.dims[i]) for i in self.uses)
+        self.takes = len(expert.dims) # maps, of which some may join no level
+        self.adapters = nn.ModuleDict({str(level): adapter(expert.dims[i]) for level, i in enumerate(self.pairs) if i is not None})
 
     def forward(
         self,
         pyramid: Sequence[Tensor], # (B,C,h,w), lowest resolution first
-        maps: Sequence[Tensor],    # the expert's maps `uses`, in its order
+        maps: Sequence[Tensor],    # all of the expert's maps
     ) -> list[Tensor]:             # (B,joined_dims[i],h,w)
         "Adapt, resize to the level, lay beside."
-        if len(maps) != len(self.uses): raise VermouthError(f"maps: {len(maps)} from the expert, the adapters take {len(self.uses)}. Use the expert and the stages they were built for.")
-        joined, waiting = list(pyramid), zip(maps, self.adapters)
-        for level in (level for level, i in enumerate(self.pairs) if i is not None):
-            m, adapt = next(waiting)
-            joined[level] = torch.cat([joined[level], resized(adapt(m.to(adapt[0].weight)), joined[level].shape[2:])], 1)
+        if len(maps) != self.takes: raise VermouthError(f"maps: {len(maps)} from the expert, the adapters take {self.takes}. Use the expert that they were built for.")
+        joined = list(pyramid)
+        for level, adapt in ((int(level), adapt) for level, adapt in self.adapters.items()):
+            m = adapt(maps[self.pairs[level]].to(adapt[0].weight))
+            joined[level] = torch.cat([joined[level], resized(m, joined[level].shape[2:])], 1)
         return joined
