@@ -79,7 +79,7 @@ def test_usage_errors_end_in_2():
 
 def test_info_for_people_and_for_scripts():
     told, found = shell("info"), json.loads(shell("info", "--json").stdout)
-    assert set(found["toybox"]) == {"captioner", "clip", "expert", "text_encoder", "unet", "vae"} and min(found["toybox"].values()) > 1e6
+    assert set(found["toybox"]) >= {"captioner", "clip", "expert", "text_encoder", "unet", "vae"} and min(found["toybox"].values()) > 1e6
     assert found["packages"]["torch"] in told.stdout and "published/paper_results.csv" in told.stdout
     assert found["device"]["type"] in ("cpu", "cuda", "mps")
 
@@ -90,6 +90,57 @@ def test_info_finds_weights_in_the_hub_cache(tmp_path):
     (commit / "model.safetensors").write_bytes(bytes(1000))
     found = json.loads(subprocess.run([PROGRAM, "info", "--json"], env=QUIET | {"HF_HUB_CACHE": str(tmp_path / "hub")}, capture_output=True, text=True, check=True).stdout)
     assert [name for name, repo in found["hub"].items() if repo["bytes"]] == ["timm/resnet18.a1_in1k"]
+
+
+# extract, verify
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "A folder of Toybox pictures in two sub-folders, one file that is no picture, and two that are none of our business."
+    from vermouth.data.toybox import Toybox
+    there = tmp_path_factory.mktemp("photos")
+    for i, item in enumerate(Toybox("photo", n=5)):
+        (there / f"{i % 2}").mkdir(exist_ok=True)
+        item.image.save(there / f"{i % 2}/{item.name} {i}.png")
+    (there / "0/broken.png").write_text("not an image")
+    for name in ("0/.hidden.png", "notes.txt"): (there / name).touch()
+    return there
+
+
+FEW = ("-p", "stages", "mid", "-p", "attention", "[]")
+
+
+def test_extract_a_folder_and_verify_it(photos, tmp_path):
+    made = fresh("extract", photos, "--out", tmp_path / "store", *FEW)
+    assert made.returncode == 1 and made.stdout.startswith("5 of 6 images are in"), made.stderr
+    assert "0/broken.png" in made.stderr and "image/s" in made.stderr, "what was set aside, and a bar with the rate"
+    checksum = fresh("verify", tmp_path / "store")
+    assert checksum.returncode == 0 and len(checksum.stdout.strip()) == 64 and checksum.stdout.strip() in made.stdout
+    again = shell("extract", photos, "--out", tmp_path / "store", *FEW, "--json")
+    assert (again.exit_code, json.loads(again.stdout)["checksum"]) == (1, checksum.stdout.strip())
+    shard = next((tmp_path / "store").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    damaged = shell("verify", tmp_path / "store")
+    assert (damaged.exit_code, damaged.stdout, damaged.stderr.count("\n")) == (2, "", 1) and shard.name in damaged.stderr
+
+
+def test_extract_takes_patterns_and_a_list(photos, tmp_path):
+    said = shell("extract", "-", f"{photos}/1/*.png", "--out", tmp_path / "store", "--captioner", "none", "--json", *FEW, input="\n".join(map(str, sorted(photos.glob("0/[!b.]*.png")))))
+    assert said.exit_code == 0 and json.loads(said.stdout)["items"] == 5, said.stderr
+
+
+@pytest.mark.parametrize("words, says", [
+    (["nowhere"], "no such file"),
+    ([".", "-p", "stage", "mid"], "Did you mean 'stages'?"),
+    ([".", "-p", "timesteps", "1000"], "timesteps"),
+    ([".", "--model", "toybx"], "unknown"),
+    (["1", "--size", "63"], "multiples"),
+])
+def test_extract_refuses(photos, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(photos)
+    refused = shell("extract", *words, "--out", tmp_path / "store", "--captioner", "none")
+    assert refused.exit_code == 2 and says in refused.stderr and not (tmp_path / "store/manifest.json").exists(), refused.stderr
 
 
 # run

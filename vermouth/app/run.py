@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'parse_value', 'read_parameters', 'work_folder', 'notebooks_folder', 'results_pages', 'find_page',
-           'page_parameters', 'check_parameters', 'fingerprint', 'write_whole', 'read_state', 'run_page', 'run_pages',
-           'gather']
+           'page_parameters', 'check_parameters', 'fingerprint', 'read_state', 'run_page', 'run_pages', 'gather']
 
-# %% ../../nbs/app/02_run.ipynb #6b1e4290
+# %% ../../nbs/app/02_run.ipynb #8821425c
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ import papermill
 import yaml
 from papermill.iorw import load_notebook_node
 
-from ..core import ROW, VermouthError, choose
+from ..core import ROW, VermouthError, choose, write_whole
 
 # %% ../../nbs/app/02_run.ipynb #bbc8e6fe
 WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
@@ -124,17 +122,7 @@ def fingerprint(
         if module.parent.name != "app": digest.update(module.read_bytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/app/02_run.ipynb #09c0e47a
-def write_whole(
-    path: str | Path, # the file to replace
-    text: str,        # its new content
-) -> None:
-    "Replace a file at once: a reader or a crash sees the old one or the new one."
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
+# %% ../../nbs/app/02_run.ipynb #15d39bc1
 def read_state(
     out: str | Path, # folder of the executed pages
 ) -> dict[str, dict]: # by page
@@ -152,7 +140,7 @@ def _execute(page: Path, target: Path, parameters: dict[str, Any], progress: boo
     except Exception as e: return f"{type(e).__name__}: {e}".strip().splitlines()[0]
     return ""
 
-# %% ../../nbs/app/02_run.ipynb #0d3be1ad
+# %% ../../nbs/app/02_run.ipynb #2c61f41d
 def run_page(
     page: str | Path,           # a notebook
     parameters: dict[str, Any], # names and values
@@ -167,7 +155,7 @@ def run_page(
     out.mkdir(parents=True, exist_ok=True)
     error = _execute(page, out / page.name, parameters, progress)
     ended = {"ok": not error, "seconds": round(time.perf_counter() - started, 1), "error": error, "output": str(out / page.name)}
-    write_whole(out / "run.json", json.dumps(read_state(out) | {page.stem: ended | {"key": key, "parameters": parameters}}, indent=1, default=str))
+    write_whole(out / "run.json", json.dumps(read_state(out) | {page.stem: ended | {"key": key, "parameters": parameters}}, indent=1, default=str).encode())
     return {"notebook": page.stem, "skipped": False} | ended
 
 # %% ../../nbs/app/02_run.ipynb #8d92b46e
@@ -197,7 +185,7 @@ def run_pages(
             else: yield run_page(page, own, out, progress)
         except VermouthError as e: yield {"notebook": page.stem, "ok": False, "skipped": False, "seconds": 0.0, "error": f"VermouthError: {e}", "output": ""}
 
-# %% ../../nbs/app/02_run.ipynb #4d448a97
+# %% ../../nbs/app/02_run.ipynb #70af68f1
 def gather(
     results: str | Path, # folder of the pages' CSV files
     path: str | Path,    # the CSV file to write
@@ -208,5 +196,5 @@ def gather(
     if not tables: return pd.DataFrame(columns=["page", *ROW])
     table = pd.concat(tables, ignore_index=True).drop_duplicates(["page", *(c for c in ROW if c != "value")], keep="last")
     table = table[["page", *(c for c in table.columns if c != "page")]]
-    write_whole(path, table.to_csv(index=False))
+    write_whole(path, table.to_csv(index=False).encode())
     return table
