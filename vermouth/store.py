@@ -538,17 +538,18 @@ def begin(
     if not (job.out / MANIFEST).exists(): write_whole(job.out / MANIFEST, json.dumps(manifest).encode())
     return manifest, missing
 
-# %% ../nbs/07_store.ipynb #87b40bea
+# %% ../nbs/07_store.ipynb #7bed5f12
 @contextmanager
 def sole_writer(
-    out: Path, # made if it is not there
+    out: Path,           # made if it is not there
+    what: str = "store", # what it is, for the message
 ) -> Iterator[None]:
-    "Keep other processes from writing this store."
+    "Keep other processes from writing this folder."
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / LOCK, timeout=0)
         lock.acquire()
-    except Timeout as e: raise VermouthError(f"out={str(out)!r}: another process is writing this store. Wait until it is done, or give another out.") from e
+    except Timeout as e: raise VermouthError(f"out={str(out)!r}: another process is writing this {what}. Wait until it is done, or give another out.") from e
     except OSError as e: raise VermouthError(f"out={str(out)!r}: cannot be written ({e.strerror}). Give a folder that is yours.") from e
     try: yield
     finally: lock.release()
