@@ -124,12 +124,12 @@ def build(
         head = UHead(in_dims, clip.dim, uhead, fuse, widths=arch_widths(uhead, len(in_dims), scale or width_scale(backbone)))
         return cls(backbone, head, clip, captioner, settings, prompt, size, expert)
 
-# %% ../nbs/08_model.ipynb #03e40980
+# %% ../nbs/08_model.ipynb #ad7d0d5c
 def width_scale(
     backbone: Backbone,
-) -> float: # factor on the paper's widths
-    "The paper's widths for a backbone of Stable Diffusion's, narrower ones for a narrower backbone."
-    return min(1.0, max(backbone.unet.config.block_out_channels) / 1280)
+) -> float: # factor on the paper's widths, 1/4 to 1
+    "The paper's widths for a backbone as wide as Stable Diffusion, narrower ones for a narrower backbone."
+    return min(1.0, max(0.25, max(backbone.unet.config.block_out_channels) / 1280))
 
 # %% ../nbs/08_model.ipynb #6a910ddf
 @patch
