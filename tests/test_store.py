@@ -20,11 +20,11 @@ from vermouth.backbone import load_backbone
 from vermouth.baselines import read_items, store_items
 from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
+from vermouth.expert import load_expert
 from vermouth.model import Vermouth
 from vermouth.store import FeatureStore, extract, shard_name, sole_writer
 from vermouth.text import load_clip
 from vermouth.train import train_head
-from vermouth.uhead import UHead
 
 FEW = {"stages": "mid", "attention": (), "shard_size": 4, "batch_size": 4, "quiet": True}  # 18 items, 5 shards
 PROCESSES = multiprocessing.get_context("forkserver")  # each child is a process of its own; the imports are paid once
@@ -162,17 +162,15 @@ def test_loader_workers(whole):
 
 
 def test_the_store_holds_what_read_gives_and_trains_to_the_same_bits(backbone, tmp_path):
-    clip, toys, labels = load_clip("toybox", "cpu"), Toybox("sketch", "seen", n=72), [i % 36 for i in range(72)]
+    clip, expert, toys, labels = load_clip("toybox", "cpu"), load_expert("toybox", device="cpu"), Toybox("sketch", "seen", n=72), [i % 36 for i in range(72)]
     names = torch.nn.functional.normalize(torch.randn(36, clip.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
-
-    def model():
-        torch.manual_seed(0)
-        return Vermouth(backbone, UHead(backbone.feature_dims(), clip.dim, widths=(64, 64, 32, 32)), clip, prompt="empty")
+    def model(): return Vermouth.build(backbone=backbone, clip=clip, expert=expert, prompt="empty")
 
     store = store_items(model(), toys, tmp_path / "store", quiet=True)
     for level, read in zip(store.batch(range(64)), model().read([toys[i].image for i in range(64)]), strict=True): assert torch.equal(level, read.half())
     one, two = model(), model()
     history, again = [train_head(m, features, labels, names, epochs=3, batch_size=16, lr=1e-3, clip=1.0, quiet=True) for m, features in ((one, store), (two, read_items(two, toys, [""] * 72)))]
+    assert len(store.shapes) == 4 + len(expert.dims)
     assert history.equals(again) and history.valid_loss.notna().all()
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 

@@ -50,7 +50,7 @@ def read_items(
     parts = [[rounded(m, dtype) for m in model.read(*chunk)] for chunk in in_chunks(items, prompts, title)]
     return [torch.cat(level) for level in zip(*parts)]
 
-# %% ../nbs/09a_baselines.ipynb #4b4075b3
+# %% ../nbs/09a_baselines.ipynb #1ab83aff
 def store_items(
     model: Vermouth,
     items: Sequence[Any],        # as for `vermouth.items`
@@ -59,19 +59,18 @@ def store_items(
     **options: Any,              # of `vermouth.store.extract`: batch_size, shard_size, dtype, quiet
 ) -> FeatureStore:
     "The frozen half of the model over a list of items, on disk."
-    captioner = model.frozen["captioner"] if prompts is None and model.prompt == "caption" else None
-    return extract(model.backbone, items, out, prompts, captioner, model.frozen.get("expert"), model.size, **vars(model.settings), **options)
+    captioner = model.captioner if prompts is None and model.prompt == "caption" else None
+    return extract(model.backbone, items, out, prompts, captioner, model.expert, model.size, **vars(model.settings), **options)
 
-# %% ../nbs/09a_baselines.ipynb #b09a14f8
+# %% ../nbs/09a_baselines.ipynb #7596e91a
 def baselines(
     model: Vermouth,      # whose backbone, CLIP, expert, settings and size are used
     seed: int = 0,        # of the random weights
 ) -> dict[str, Embed]:    # name → embedding
     "The embeddings to beat."
-    expert = model.frozen.get("expert")
     return {"training-free backbone": pooled(model.backbone, model.settings, model.size),
             "training-free, random weights": pooled(model.backbone.randomized(seed), model.settings, model.size),
-            **({"expert only": deepest(expert, model.size)} if expert else {}),
+            **({"expert only": deepest(model.expert, model.size)} if model.expert else {}),
             "CLIP image tower": image_tower(model.clip),
             "caption only": prompt_tower(model.clip),
             "raw pixels": raw_pixels}

@@ -55,7 +55,8 @@ def in_chunks(
 # %% ../nbs/07a_items.ipynb #b11d59ef
 Embed = Callable[[list, list[str]], Tensor] # images and their prompts → (B,D)
 
-# %% ../nbs/07a_items.ipynb #a161f635
+# %% ../nbs/07a_items.ipynb #6327bb2a
+@torch.no_grad()
 def embed_items(
     embed: Embed,
     items: Sequence[Any],

@@ -138,10 +138,10 @@ def loaders(
     train.rng.seed(seed)
     return DataLoaders(train, Batches(features, labels, back, groups, bs=batch_size), device=device)
 
-# %% ../nbs/09_train.ipynb #91bd427c
+# %% ../nbs/09_train.ipynb #c7f08201
 def train_head(
     head: nn.Module,                  # list of maps (B,C,h,w) → (B,D); trained in place, the best epoch's weights stay
-    features: Sequence[Tensor] | FeatureStore, # (N,C,h,w) per level, or a store of N items
+    features: Sequence[Tensor] | KeptFeatures | FeatureStore, # (N,C,h,w) per level, or a store of N items
     labels: Sequence[int],            # N classes in 0 … K-1
     classes: Tensor,                  # (K,D) unit vectors of the class names
     groups: np.ndarray | None = None, # (N,) group of each image, drawn evenly into every batch; None for one group
@@ -156,7 +156,7 @@ def train_head(
     held: float = 0.2,                # share of each class held back for choosing the epoch; 0 keeps the last one
 ) -> pd.DataFrame:                    # one row per epoch: train_loss, valid_loss, accuracy; the last two are NaN where nothing is held back
     "Train a head on kept features; choose the epoch on held-back training images."
-    features = features if isinstance(features, FeatureStore) else KeptFeatures(features)
+    features = features if hasattr(features, "batch") else KeptFeatures(features)
     check_run(len(features), labels, epochs, held)
     seed_everything(seed)
     model = NameClassifier(head, classes).to(classes.device)
