@@ -6,13 +6,14 @@
 __all__ = ['HEADS', 'Vermouth', 'adapters_for', 'dims_for', 'check_uhead', 'width_scale', 'NameClassifier', 'evaluating',
            'load_parts', 'add_heads']
 
-# %% ../nbs/08_model.ipynb #012c30ee
+# %% ../nbs/08_model.ipynb #2aa7d9ce
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureSettings, load_backbone, prompt_list
 from .core import VermouthError, choose, fingerprint, image_batch
+from .dense import DenseHead
 from .expert import Adapters, Expert, load_expert
 from .frozen import in_batches
 from .saved import check_part, read_card, read_weights, write_model
+from .segment import segment_images
 from .text import Captioner, Clip, class_embeddings, clip_for, load_captioner, load_clip, make_prompts
 from .uhead import UHead, arch_widths, class_logits
 
@@ -232,8 +235,19 @@ def classify(
     classes = class_embeddings(names, self.clip).to(self.backbone.device)
     return class_logits(self.embed(images, prompts, batch_size), classes).softmax(-1)
 
-# %% ../nbs/08_model.ipynb #1434830b
-HEADS: dict[str, type[nn.Module]] = {}
+# %% ../nbs/08_model.ipynb #02aaf4b1
+@patch
+def segment(
+    self: Vermouth,
+    images: Any,          # one image or many, of any sizes
+    names: Sequence[str], # K candidate classes; commas separate synonyms
+    **options: Any,       # of `segment.segment_images`: prompts, templates, short, overlap, batch_size, chunk
+) -> np.ndarray | list[np.ndarray]: # (H,W) of the image's own size, a list for many: indices of names
+    "Which of the names fits each pixel. Raises `VermouthError` for a model without a segmentation head."
+    return segment_images(self, images, names, **options)
+
+# %% ../nbs/08_model.ipynb #aa386364
+HEADS: dict[str, type[nn.Module]] = {"dense": DenseHead}
 
 
 @patch

@@ -59,18 +59,18 @@ def _table(coding: Coding) -> np.ndarray: # (65536,) int32: label of each number
     table[list(coding.numbers)] = np.arange(len(coding.numbers))
     return table
 
-# %% ../../nbs/data/04_segmentation.ipynb #bef175d5
+# %% ../../nbs/data/04_segmentation.ipynb #0b5bd441
 def decode(
     raw: np.ndarray,  # (H,W) the file's numbers
     coding: Coding,
     name: str,        # of the mask, for the message
-) -> np.ndarray:      # (H,W) labels, uint8 where 255 classes or fewer, else uint16
+) -> np.ndarray:      # (H,W) labels, uint8 where there are 255 classes or fewer, else int32
     "Labels 0 … K-1 and the ignore index. Raises `VermouthError` for a number that stands for nothing."
     labels = _table(coding)[np.clip(raw, 0, 65535)]
     if (labels < 0).any() or raw.min() < 0 or raw.max() > 65535:
         number = int(raw[(labels < 0) | (raw < 0) | (raw > 65535)][0])
         raise VermouthError(f"mask={name!r}: number {number} is none of the {len(coding.numbers)} classes (their numbers go from {min(coding.numbers)} to {max(coding.numbers)}). Correct the mask, or name the data set that it belongs to.")
-    return labels.astype(np.uint8 if coding.ignore_index == 255 else np.uint16)
+    return labels.astype(np.uint8 if coding.ignore_index == 255 else np.int32)
 
 # %% ../../nbs/data/04_segmentation.ipynb #c6ac6af4
 def read_numbers(
