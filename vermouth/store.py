@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STORE_DTYPES', 'WEIGHTS', 'FORMAT', 'MANIFEST', 'LOCK', 'SCHEMA', 'RECORD', 'OPEN_SHARDS', 'OURS', 'store_key',
-           'check_expected', 'write_whole', 'content_checksum', 'read_manifest', 'shard_name', 'shard_error',
-           'check_length', 'check_digest', 'FeatureStore', 'map_shard', 'StoredMaps', 'Job', 'rounded', 'look',
-           'good_ones', 'maps_of', 'read_shard', 'write_shard', 'finished', 'check_folder', 'stamp', 'check_items',
-           'first_shapes', 'check_disk', 'begin', 'sole_writer', 'finish', 'extract']
+           'check_expected', 'keep', 'content_checksum', 'read_manifest', 'shard_name', 'shard_error', 'check_length',
+           'check_digest', 'FeatureStore', 'map_shard', 'StoredMaps', 'Job', 'rounded', 'look', 'good_ones', 'maps_of',
+           'read_shard', 'write_shard', 'finished', 'check_folder', 'stamp', 'check_items', 'first_shapes',
+           'check_disk', 'begin', 'sole_writer', 'finish', 'extract']
 
-# %% ../nbs/07_store.ipynb #0f73c159
+# %% ../nbs/07_store.ipynb #e128d1e1
 import errno
 import hashlib
 import json
@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, FeatureSettings, check_size, prompt_list
-from .core import VermouthError, choose, fingerprint, image_tensor, read_image
+from .core import VermouthError, choose, fingerprint, image_tensor, read_image, write_whole
 from .items import image_of, item_ids
 from .noise import check_timesteps
 from .text import Captioner
@@ -93,20 +93,16 @@ def check_expected(
         if _bare({name: value}) != _bare({name: key[choose("expect", name, key)]}):
             raise VermouthError(f"out={str(out)!r}: made with {name}={key[name]!r}, asked for {name}={value!r}. Give another out, or delete this one and extract again.")
 
-# %% ../nbs/07_store.ipynb #dcc7bdd2
-def write_whole(
+# %% ../nbs/07_store.ipynb #7ad6f385
+def keep(
     path: Path,   # the file to make or to replace
     data: bytes,  # all of it
 ) -> None:
-    "Write a file at once: after a crash there is the old one or the new one, never a part."
-    part = path.with_name(path.name + ".tmp")
+    "Write a file of the store for good; what a full disk refuses costs nothing that is finished."
     try:
-        with part.open("wb") as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
+        write_whole(path, data)
         if os.name == "posix": _sync_folder(path.parent)
     except OSError as e:
-        part.unlink(missing_ok=True)
         remedy = "Free some space" if e.errno == errno.ENOSPC else "Make the folder writable"
         raise VermouthError(f"out={str(path.parent)!r}: {path.name} cannot be written ({e.strerror}). {remedy} and run extract again; finished shards stay.") from e
 
@@ -426,7 +422,7 @@ def read_shard(
         bar.update(len(good) + len(bad))
     return parts, prompts, aside
 
-# %% ../nbs/07_store.ipynb #0d3d2d2b
+# %% ../nbs/07_store.ipynb #d29cc063
 def write_shard(
     job: Job,
     k: int,
@@ -438,8 +434,8 @@ def write_shard(
     levels = [torch.cat(level) for level in zip(*parts)] if parts else [torch.zeros(0, *s, dtype=job.dtype) for s in manifest["shapes"]]
     data = save({f"level{j}": level.contiguous() for j, level in enumerate(levels)}, {"vermouth": _digest(_bare(manifest["key"]))})
     record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "items": len(prompts), "set_aside": aside, "prompts": prompts}
-    write_whole(job.out / f"shard-{k:05d}.json", json.dumps(record).encode())
-    write_whole(job.out / shard_name(k), data)
+    keep(job.out / f"shard-{k:05d}.json", json.dumps(record).encode())
+    keep(job.out / shard_name(k), data)
 
 # %% ../nbs/07_store.ipynb #3178ed99
 def finished(
@@ -453,8 +449,8 @@ def finished(
     try: return record if _fits(record, RECORD) and check_length(out, k, record) is None else None
     except VermouthError: return None
 
-# %% ../nbs/07_store.ipynb #9c2fc42f
-OURS = re.compile(r"(manifest\.json|shard-\d{5,}\.(json|safetensors))(\.tmp)?|\.lock")
+# %% ../nbs/07_store.ipynb #bbec8411
+OURS = re.compile(r"(manifest\.json|shard-\d{5,}\.(json|safetensors))(\.\d+\.tmp)?|\.lock")
 
 # %% ../nbs/07_store.ipynb #eeeffabb
 def check_folder(
@@ -517,7 +513,7 @@ def check_disk(
     if need > free: raise VermouthError(f"out={str(job.out)!r}: {items:,} items take {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. Free some space, give another disk, or ask for fewer stages.")
     if not quiet and items: print(f"{items:,} items take {need / 1e9:.3g} GB; {free / 1e9:.3g} GB are free.")
 
-# %% ../nbs/07_store.ipynb #04819106
+# %% ../nbs/07_store.ipynb #0d234506
 def begin(
     job: Job,
     key: dict[str, Any], # from `store_key`
@@ -535,7 +531,7 @@ def begin(
         manifest = {"format": FORMAT, "key": key, "image": sides, "shapes": shapes, "ids": job.ids, "stamps": stamps, "shards": [], "checksum": ""}
     missing = [k for k in job.shards if not finished(job.out, k, manifest)]
     check_disk(job, manifest["shapes"], missing, quiet)
-    if not (job.out / MANIFEST).exists(): write_whole(job.out / MANIFEST, json.dumps(manifest).encode())
+    if not (job.out / MANIFEST).exists(): keep(job.out / MANIFEST, json.dumps(manifest).encode())
     return manifest, missing
 
 # %% ../nbs/07_store.ipynb #7bed5f12
@@ -554,7 +550,7 @@ def sole_writer(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/07_store.ipynb #24a188d0
+# %% ../nbs/07_store.ipynb #9a4a6e73
 def finish(
     job: Job,
     manifest: dict[str, Any],
@@ -562,7 +558,7 @@ def finish(
     "Write the manifest of the complete store."
     manifest["shards"] = [finished(job.out, k, manifest) for k in job.shards]
     manifest["checksum"] = content_checksum(manifest)
-    write_whole(job.out / MANIFEST, json.dumps(manifest).encode())
+    keep(job.out / MANIFEST, json.dumps(manifest).encode())
     for k in job.shards: (job.out / f"shard-{k:05d}.json").unlink(missing_ok=True)
 
 # %% ../nbs/07_store.ipynb #043bba5f
