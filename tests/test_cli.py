@@ -79,7 +79,7 @@ def test_usage_errors_end_in_2():
 
 def test_info_for_people_and_for_scripts():
     told, found = shell("info"), json.loads(shell("info", "--json").stdout)
-    assert set(found["toybox"]) >= {"captioner", "clip", "expert", "text_encoder", "unet", "vae"} and min(found["toybox"].values()) > 1e6
+    assert set(found["toybox"]) >= {"captioner", "clip", "expert", "text_encoder", "unet", "vae"} and min(found["toybox"].values()) > 1e5
     assert found["packages"]["torch"] in told.stdout and "published/paper_results.csv" in told.stdout
     assert found["device"]["type"] in ("cpu", "cuda", "mps")
 
@@ -141,6 +141,55 @@ def test_extract_refuses(photos, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(photos)
     refused = shell("extract", *words, "--out", tmp_path / "store", "--captioner", "none")
     assert refused.exit_code == 2 and says in refused.stderr and not (tmp_path / "store/manifest.json").exists(), refused.stderr
+
+
+# classify, segment
+
+
+def test_classify_a_folder(photos):
+    seen = fresh("classify", photos, "--names", "cat, dog,fish", "-k", "2")
+    lines = [line.split("\t") for line in seen.stdout.splitlines()]
+    assert seen.returncode == 1 and [len(line) for line in lines] == [3] * 5 and all(Path(line[0]).is_file() for line in lines), seen.stderr
+    assert seen.stderr.count("\n") == 1 and "broken.png" in seen.stderr, "one line for the one bad file, and no noise of libraries"
+    again = json.loads(shell("classify", photos, "--names", "cat,dog,fish", "--batch-size", "2", "--json").stdout)
+    assert [image["name"] for image in again["images"]] == [line[1].split()[0] for line in lines] and len(again["set_aside"]) == 1
+    assert all(abs(sum(image["probabilities"].values()) - 1) < 1e-5 for image in again["images"])
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    "A saved model with a segmentation head that has learnt nothing."
+    from vermouth.model import Vermouth
+    from vermouth.segment import add_dense
+    model = Vermouth.build(captioner=None, expert=None, prompt="empty")
+    add_dense(model)
+    model.save(there := tmp_path_factory.mktemp("painter"))
+    return there
+
+
+def test_segment_writes_a_mask_of_numbers(painter, tmp_path):
+    from PIL import Image
+    Image.new("RGB", (50, 30), "green").save(tmp_path / "image.png")
+    cut = fresh("segment", tmp_path / "image.png", "--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--model", painter, "--json")
+    assert cut.returncode == 0 and not cut.stderr, cut.stderr
+    with Image.open(tmp_path / "mask.png") as mask: counts = {n: c / 1500 for c, n in mask.getcolors()}
+    assert mask.size == (50, 30) and {name: round(counts.get(i, 0), 4) for i, name in enumerate(("sky", "grass", "water"))} == json.loads(cut.stdout)["share"]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["classify", "0/broken.png", "--names", "a,b"], "not an image"),
+    (["classify", "1", "--names", "a,,b"], "number 1 is empty"),
+    (["classify", "1", "--names", "a,b", "--model", "nowhere"], "vermouth.json is missing"),
+    (["segment", "0/broken.png", "--names", "a,b", "--out", "mask.png"], "not an image"),
+    (["segment", "FIRST", "--names", "a,b", "--out", "mask.jpg"], "ends in .png"),
+    (["segment", "FIRST", "--names", "a,b", "--out", "nowhere/mask.png"], "cannot be written"),
+    (["segment", "FIRST", "--names", "a,a", "--out", "mask.png"], "Make the classes different"),
+])
+def test_classify_and_segment_refuse(photos, painter, monkeypatch, words, says):
+    monkeypatch.chdir(photos)
+    more = ["--model", painter] if words[0] == "segment" else []
+    refused = shell(*(str(next(photos.glob("1/*.png"))) if w == "FIRST" else w for w in words), *more)
+    assert refused.exit_code == 2 and refused.stdout == "" and says in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
 
 
 # run
