@@ -1,0 +1,46 @@
+"The configurations for real weights: each fits its page, names what exists, and says truly what it takes."
+import ast
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+
+from vermouth.app.costs import CLASSES_AND_TEST, PAGES, SKETCHES_AND_PHOTOS, VALIDATION, settle
+from vermouth.backbone import FeatureSettings
+from vermouth.data.fewshot import LAYOUTS as FEW_SHOT
+from vermouth.data.sbir import LAYOUTS as RETRIEVAL
+from vermouth.uhead import ARCHS
+
+CONFIGS = {p.stem: p for p in sorted((ROOT / "configs").glob("*.yaml"))}
+
+
+def settings(name): return yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+def page(name): return ROOT / "nbs" / f"{PAGES[name.partition('_')[0]]}.ipynb"
+
+
+def test_every_data_set_of_the_paper_has_a_configuration():
+    assert set(SKETCHES_AND_PHOTOS) == set(RETRIEVAL) and set(CLASSES_AND_TEST) == set(FEW_SHOT)
+    wanted = {f"{task}_{d}" for task, all_d in (("sbir", RETRIEVAL), ("fewshot", FEW_SHOT), ("segmentation", VALIDATION)) for d in all_d}
+    assert set(CONFIGS) == wanted
+    assert all(settings(name)["dataset"] == name.partition("_")[2] for name in CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_fits_its_page(name):
+    if not page(name).exists(): pytest.skip(f"{page(name).name} is not written yet")
+    [cell] = [c for c in nbformat.read(page(name), as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    known = {target.id for node in ast.parse(cell.source).body for target in node.targets}
+    assert set(settings(name)) <= known, "papermill only warns of a name that the page would ignore"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_can_be_read(name):
+    config = settings(name)
+    FeatureSettings(config["timesteps"], config["stages"], config["attention"])  # raises what load_backbone would only say after the download
+    assert config.get("uhead", "tiny") in ARCHS and config["device"] == "cuda"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_says_what_it_takes(name):
+    assert CONFIGS[name].read_text(encoding="utf-8") == settle(CONFIGS[name]), "run: python -m vermouth.app.costs"
