@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 DATA = os.environ.get("VERMOUTH_DATA")
-METHODS = {"Vermouth", "U-head on random weights", "training-free backbone", "training-free, random weights", "CLIP image tower", "caption only", "raw pixels"}
+METHODS = {"Vermouth", "Vermouth without expert", "U-head on random weights", "U-head on random weights without expert", "training-free backbone", "training-free, random weights",
+           "expert only", "CLIP image tower", "caption only", "raw pixels"}
 
 
 def run(page, folder, **parameters):
