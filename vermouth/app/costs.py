@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKETCHES_AND_PHOTOS', 'CLASSES_AND_TEST', 'COCO_STUFF', 'VALIDATION', 'PAGES', 'SIDE', 'SD1_WIDTHS', 'SD1_TOKENS',
-           'LATENT', 'RATES', 'images_read', 'bytes_per_image', 'hours', 'header', 'settle', 'table']
+           'LATENT', 'EXPERTS', 'RATES', 'images_read', 'bytes_per_image', 'hours', 'config_bytes', 'header', 'settle',
+           'table']
 
 # %% ../../nbs/app/06_costs.ipynb #e62c4874
 from collections.abc import Iterable
@@ -38,19 +39,22 @@ def images_read(
     classes, test = CLASSES_AND_TEST[choose("dataset", dataset, CLASSES_AND_TEST)]
     return classes * max(config["shots"]) * len(config["seed"]) + test  # fewer shots of a seed are among its many
 
-# %% ../../nbs/app/06_costs.ipynb #007fd251
+# %% ../../nbs/app/06_costs.ipynb #40004f81
 SD1_WIDTHS, SD1_TOKENS, LATENT = (320, 640, 1280, 1280), 77, 8 # Stable Diffusion 1.x: U-Net channels, caption tokens, pixels per latent
+EXPERTS = {"": (), "resnet18": ((512, 32), (256, 16), (128, 8))} # channels, and pixels per place
 
 
 def bytes_per_image(
     side: int,                                   # of the image, in pixels
     stages: str | Iterable[str] = ("mid", "up"),
     attention: str | Iterable[str] | None = ("up_cross",),
+    expert: str = "",                            # one of `EXPERTS`, whose maps are kept beside
 ) -> int:
-    "Half-precision bytes of one image's pyramid by Stable Diffusion 1.x, without an expert's maps."
+    "Half-precision bytes of what is kept of one image, with Stable Diffusion 1.x."
     dims = pyramid_dims(SD1_WIDTHS, SD1_TOKENS, stages, attention)
     sides = [side // LATENT // 8 * 2**level for level in range(len(dims))]
-    return 2 * sum(c * s * s for c, s in zip(dims, sides))
+    beside = [(c, side // stride) for c, stride in EXPERTS[choose("expert", expert, EXPERTS)]]
+    return 2 * sum(c * s * s for c, s in [*zip(dims, sides), *beside])
 
 # %% ../../nbs/app/06_costs.ipynb #b41fb1ef
 def hours(
@@ -61,8 +65,12 @@ def hours(
     if rate <= 0: raise VermouthError(f"rate={rate}: images per second. Pass a positive number.")
     return passes / rate / 3600
 
-# %% ../../nbs/app/06_costs.ipynb #7c66497d
+# %% ../../nbs/app/06_costs.ipynb #2343a4e9
 RATES = (10, 100) # images per second, as examples
+
+
+def config_bytes(task: str, config: dict[str, Any]) -> int: # of one image
+    return bytes_per_image(SIDE[task], config["stages"], config["attention"], config.get("expert", ""))
 
 
 def header(
@@ -71,7 +79,7 @@ def header(
 ) -> str:                   # comment lines
     "How to run a configuration, and what it takes."
     task = choose("task", name.partition("_")[0], PAGES)
-    passes, size = images_read(task, config), bytes_per_image(SIDE[task], config["stages"], config["attention"])
+    passes, size = images_read(task, config), config_bytes(task, config)
     took = " or ".join(f"{hours(passes, rate):.1f} h at {rate}" for rate in RATES)
     lines = [f"papermill nbs/{PAGES[task]}.ipynb out.ipynb -f configs/{name}.yaml -p root FOLDER",
              f"{passes:,} passes for one method, each image once at {SIDE[task]} px. GPU hours = passes / (3600 x images per second): {took}.",
@@ -91,7 +99,7 @@ def settle(
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     return header(file.stem, config) + body
 
-# %% ../../nbs/app/06_costs.ipynb #6696c868
+# %% ../../nbs/app/06_costs.ipynb #2f5195a4
 def table(
     folder: str | Path, # of configurations
 ) -> list[dict[str, Any]]: # one per file
@@ -101,7 +109,7 @@ def table(
         config, task = yaml.safe_load(file.read_text(encoding="utf-8")), file.stem.partition("_")[0]
         passes = images_read(task, config)
         took = {f"hours at {rate}/s": round(hours(passes, rate), 1) for rate in RATES}
-        rows.append({"configuration": file.stem, "page": PAGES[task], "passes": passes} | took | {"disk, GB": round(passes * bytes_per_image(SIDE[task], config["stages"], config["attention"]) / 1e9)})
+        rows.append({"configuration": file.stem, "page": PAGES[task], "passes": passes} | took | {"disk, GB": round(passes * config_bytes(task, config) / 1e9)})
     return rows
 
 # %% ../../nbs/app/06_costs.ipynb #18c5731c
