@@ -28,7 +28,7 @@ def published(
     table = pd.concat(tables, ignore_index=True)[["source", "task", "dataset", "method", "metric", "value"]]
     return table[(table.task == task) & ((table.dataset == dataset) | (dataset is None))].reset_index(drop=True)
 
-# %% ../../nbs/data/02_published.ipynb #7d8f02be
+# %% ../../nbs/data/02_published.ipynb #897d1b96
 def measured(
     folder: str | Path, # with CSV files that `core.append_rows` wrote; others are passed over
 ) -> pd.DataFrame:      # columns page, those of `core.ROW`, and where each row comes from; no rows where nothing was measured
@@ -37,7 +37,8 @@ def measured(
     tables = [t for t in tables if set(ROW) <= set(t.columns)]
     if not tables: return pd.DataFrame(columns=["page", *ROW])
     same = ["page", *(c for c in ROW if c != "value")]
-    return pd.concat(tables, ignore_index=True).drop_duplicates(same, keep="last").reset_index(drop=True)
+    table = pd.concat(tables, ignore_index=True).drop_duplicates(same, keep="last").reset_index(drop=True)
+    return table.assign(value=pd.to_numeric(table.value, errors="coerce"))  # a method that was left out has a row, and no number
 
 # %% ../../nbs/data/02_published.ipynb #73e2bb97
 OUR_NAME = {"mAP@all (interpolated AP, %)": "mAP@all, interpolated", "16-shot top-1 accuracy (%)": "16-shot top-1", "mIoU (%)": "mIoU"}
