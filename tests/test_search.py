@@ -318,7 +318,7 @@ def test_a_full_disk_loses_nothing(photos, tmp_path, monkeypatch):
 
 
 def test_two_writers_and_other_models_and_other_folders_are_refused(photos, tmp_path):
-    from vermouth.store import sole_writer
+    from vermouth.shards import sole_writer
     out, other = tmp_path / "idx", Grey()
     index, other.name, other.fingerprint = build(photos, out), "mine", "f" * 16
     with sole_writer(out), pytest.raises(VermouthError, match="another process is writing this index"): build(photos, out)

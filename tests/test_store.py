@@ -22,7 +22,8 @@ from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
 from vermouth.expert import load_expert
 from vermouth.model import Vermouth
-from vermouth.store import FeatureStore, extract, shard_name, sole_writer
+from vermouth.shards import FeatureStore, shard_name, sole_writer
+from vermouth.store import extract
 from vermouth.text import load_clip
 from vermouth.train import train_head
 

@@ -28,7 +28,7 @@ from .gallery import MANIFEST, ROWS, Index, identity, is_row, read_manifest, rea
 from .nearest import EXACT, make_cells, tuned
 from .photos import Photo, digest, inside, look, photos_below
 from ..core import VermouthError, write_whole
-from ..store import sole_writer
+from ..shards import sole_writer
 
 # %% ../../nbs/app/04d_indexing.ipynb #13224357
 def unit_vectors(

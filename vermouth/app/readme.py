@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LINK', 'FENCE', 'NOTE', 'turn_links', 'directives', 'output_markdown', 'cell_markdown', 'readme_text', 'write_readme',
-           'results_table']
+           'facts', 'results_table']
 
-# %% ../../nbs/app/00_readme.ipynb #db04fad9
+# %% ../../nbs/app/00_readme.ipynb #4e8d6da4
 import csv
 import json
 import posixpath
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 
 from ..core import VermouthError
 
@@ -91,21 +92,30 @@ def write_readme(
     readme.write_text(readme_text(notebook, readme.resolve().parent), encoding="utf-8")
     return readme
 
-# %% ../../nbs/app/00_readme.ipynb #63bb38ff
+# %% ../../nbs/app/00_readme.ipynb #728254c3
+def facts(
+    row: dict[str, str], # of a tidy results file
+) -> dict[str, str]:     # its columns, and what its setting says as `name=value`
+    "Everything that a row says, by name."
+    return dict(word.split("=", 1) for word in row.get("setting", "").split() if "=" in word) | row
+
+# %% ../../nbs/app/00_readme.ipynb #d0302cd3
 def results_table(
     path: str | Path,        # a tidy CSV file: task, dataset, method, setting, metric, value, seed, n, …
-    rows: str = "method",    # the column whose values name the table's rows
-    columns: str = "metric", # the column whose values name the table's columns
+    rows: str = "method",    # the column, or the part of the setting, whose values name the table's rows
+    columns: str = "metric", # the same for the table's columns
     digits: int = 3,         # decimals
     **only: str,             # keep rows with these values, e.g. dataset="toybox"
-) -> str:                    # a Markdown table, in the file's order; where a value was measured twice, the newest
+) -> str:                    # a Markdown table, in the file's order; where a seed was measured twice, the newest; the mean over seeds
     "A tidy results file as a Markdown table."
     if not Path(path).exists(): raise VermouthError(f"path={str(path)!r}: no such results file. Run the notebook that writes it.")
-    with open(path, newline="", encoding="utf-8") as f: kept = [r for r in csv.DictReader(f) if all(r.get(k) == v for k, v in only.items())]
+    with open(path, newline="", encoding="utf-8") as f: kept = [r for r in map(facts, csv.DictReader(f)) if all(r.get(k) == v for k, v in only.items())]
     if not kept: raise VermouthError(f"only={only!r}: no row of {Path(path).name} has these values. Choose values that stand in the file.")
-    value = {(r[rows], r[columns]): f"{float(r['value']):.{digits}f}" for r in kept}
-    names, heads = dict.fromkeys(r[rows] for r in kept), dict.fromkeys(r[columns] for r in kept)
-    lines = [[rows, *heads], ["---", *["---:"] * len(heads)], *([name, *(value.get((name, head), "–") for head in heads)] for name in names)]
+    newest, cells = {(r[rows], r[columns], r.get("seed")): float(r["value"]) for r in kept}, {}
+    for (name, head, _), value in newest.items(): cells.setdefault((name, head), []).append(value)
+    names, heads = dict.fromkeys(name for name, _ in cells), dict.fromkeys(head for _, head in cells)
+    shown = {where: f"{mean(values):.{digits}f}" for where, values in cells.items()}
+    lines = [[rows, *heads], ["---", *["---:"] * len(heads)], *([name, *(shown.get((name, head), "–") for head in heads)] for name in names)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../../nbs/app/00_readme.ipynb #9de8e7ab
