@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['block', 'grown', 'Climb', 'DenseHead', 'pixel_logits', 'pixel_loss']
 
-# %% ../nbs/05a_dense.ipynb #4a02eaed
+# %% ../nbs/05a_dense.ipynb #82e3022f
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ __all__ = ['NAMED', 'NEVER_USED', 'COCO_NUMBERS', 'LAYOUTS', 'DATASETS', 'UNSEEN
            'class_names', 'Coding', 'decode', 'read_numbers', 'MaskItem', 'pair', 'readable', 'Form', 'Layout',
            'few_of_many', 'read_names', 'MaskSplit', 'few_masks', 'load_segmentation', 'show_masks']
 
-# %% ../../nbs/data/04_segmentation.ipynb #4e33ad26
+# %% ../../nbs/data/04_segmentation.ipynb #7429b300
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..core import VermouthError, choose, read_image
 from .item import SUFFIXES, check_counts, check_files
@@ -117,14 +118,14 @@ def pair(
     if mask.shape == image.size[::-1]: return image, mask
     raise VermouthError(f"mask={str(item.mask_file)!r}: {mask.shape[1]}×{mask.shape[0]} pixels (width×height), its image {image.width}×{image.height}. Resize the mask with nearest neighbour, or leave both out.")
 
-# %% ../../nbs/data/04_segmentation.ipynb #bad8012d
+# %% ../../nbs/data/04_segmentation.ipynb #948f97f9
 def readable(
     items: Sequence[MaskItem],
 ) -> list[MaskItem]: # those whose image and mask can be read and agree
     "Set bad files aside, with one warning that says how many and what is wrong with the first."
     good, bad = [], []
-    for item in items:
-        try: pair(item)
+    for item in tqdm(items, "checking", unit="image", delay=2):
+        try: item.mask_file and pair(item)
         except VermouthError as e: bad.append(str(e))
         else: good.append(item)
     if items and not good: raise VermouthError(f"items: none of {len(items)} can be used. The first: {bad[0]}")
@@ -218,14 +219,17 @@ def _present(home: Path, form: Form, part: str) -> bool:
     masks = home / form.masks.format(part)
     return masks.is_dir() and (home / form.images.format(part)).is_dir() and any(p.name.endswith(form.suffix) for p in masks.iterdir())
 
-# %% ../../nbs/data/04_segmentation.ipynb #142b8408
+# %% ../../nbs/data/04_segmentation.ipynb #3b6c3b41
+def _list(home: Path, form: Form, part: str) -> Path | None:
+    return next((path for name in form.lists if (path := home / name.format(part)).is_file()), None)
+
+
 def _stems(home: Path, form: Form, part: str, root: Path, source: str) -> list[str]:
     "The names of a part's images, without suffix."
     if form.by_mask: return [p.name.removesuffix(form.suffix) for p in _files(home / form.masks.format(part), (form.suffix,))]
     if not form.lists: return [p.stem for p in _files(home / form.images.format(part), SUFFIXES)]
-    lists = [home / name.format(part) for name in form.lists]
-    if found := next((path for path in lists if path.is_file()), None): return [line.split()[0] for line in found.read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise VermouthError(f"root={str(root)!r}: {lists[-1].relative_to(root)} is missing, which says what belongs to {part}. Get it from {source}.")
+    if found := _list(home, form, part): return [line.split()[0] for line in found.read_text(encoding="utf-8").splitlines() if line.strip()]
+    raise VermouthError(f"root={str(root)!r}: {(home / form.lists[-1].format(part)).relative_to(root)} is missing, which says what belongs to {part}. Get it from {source}.")
 
 # %% ../../nbs/data/04_segmentation.ipynb #ced9dfff
 def _items(home: Path, form: Form, part: str, root: Path, source: str) -> list[MaskItem]:
@@ -236,7 +240,7 @@ def _items(home: Path, form: Form, part: str, root: Path, source: str) -> list[M
     paths = [odd.get(stem, images / f"{stem}.jpg") for stem in stems]
     return [MaskItem(path, masks / f"{stem}{form.suffix}", form.coding, path.relative_to(root).as_posix()) for path, stem in zip(paths, stems)]
 
-# %% ../../nbs/data/04_segmentation.ipynb #b749b951
+# %% ../../nbs/data/04_segmentation.ipynb #e264b66b
 def _official(dataset: str, root: Path) -> tuple[list[MaskItem], list[MaskItem]]: # to train on (may be empty), to test on
     "The first form of each part that is below root."
     layout = LAYOUTS[dataset]()
@@ -244,6 +248,7 @@ def _official(dataset: str, root: Path) -> tuple[list[MaskItem], list[MaskItem]]
     for k in range(2):
         there = ((root / home, form) for home in layout.homes for form in layout.forms if _present(root / home, form, form.parts[k]))
         home, form = next(there, (None, None))
+        if form and k == 0 and form.lists and not _list(home, form, form.parts[0]): form = None  # only the test part was fetched
         parts.append(_items(home, form, form.parts[k], root, layout.source) if form else [])
         check_files(parts[-1], root, dataset)
     if not parts[1]:
@@ -336,7 +341,7 @@ def _toybox(shots: int, test_scenes: int, seed: int) -> MaskSplit:
     train = scenes((shots or TOYBOX_ALL) * len(NAMES), TRAIN_WORLD + seed)
     return MaskSplit("toybox", LABELS, train, scenes(test_scenes, TEST_WORLD), tuple(LABELS.index(n) for n in UNSEEN))
 
-# %% ../../nbs/data/04_segmentation.ipynb #042062f0
+# %% ../../nbs/data/04_segmentation.ipynb #34b7c1ed
 def load_segmentation(
     dataset: str = "toybox",             # one of `DATASETS`
     root: str | Path | None = None,      # the folder that holds the official layout; not for toybox
@@ -345,6 +350,7 @@ def load_segmentation(
     limit: int | None = None,            # at most so many test images; None = all
     test_scenes: int = 192,              # toybox only
     unseen: Sequence[str] | None = None, # names of the unseen classes; None = the data set's own, for `folder` a seeded quarter
+    check: bool = True,                  # read every chosen image and mask once, and set bad ones aside; False trusts them
 ) -> MaskSplit:
     "Any supported data set. Raises `VermouthError` for a missing folder, list, image or class name."
     choose("dataset", dataset, DATASETS)
@@ -354,10 +360,10 @@ def load_segmentation(
         if root is None or not Path(root).is_dir(): raise VermouthError(f"root={str(root) if root else None!r}: no such folder. Pass the folder that holds {dataset}.")
         train, test, names = _folder(Path(root)) if dataset == "folder" else (*_official(dataset, Path(root)), class_names(dataset))
         split = MaskSplit(dataset, names, train, test, _unseen(dataset, names, unseen, seed))
-        split = MaskSplit(dataset, names, few_masks(readable(train) if shots and train else train, split.seen, shots, seed), test, split.unseen)
-    if limit is None or limit >= len(split.test): return split
-    chosen = sorted(np.random.default_rng(0).permutation(len(split.test))[:limit].tolist())
-    return MaskSplit(dataset, split.names, split.train, [split.test[i] for i in chosen], split.unseen)
+    test = split.test
+    if limit is not None and limit < len(test): test = [test[i] for i in sorted(np.random.default_rng(0).permutation(len(test))[:limit].tolist())]
+    train, test = (readable(items) if check else items for items in (split.train, test))
+    return MaskSplit(dataset, split.names, train if dataset == "toybox" else few_masks(train, split.seen, shots, seed), test, split.unseen)
 
 # %% ../../nbs/data/04_segmentation.ipynb #029f8eb7
 def show_masks(
