@@ -2,13 +2,21 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
+import pandas as pd
+import papermill
 import pytest
+import torch
+from conftest import ROOT as REPOSITORY
 from PIL import Image
+from sklearn.metrics import accuracy_score
 
 from vermouth.core import VermouthError
 from vermouth.data.fewshot import LAYOUTS, load_fewshot
+from vermouth.data.item import Item
 
 DATA = os.environ.get("VERMOUTH_DATA")
 ROOT = Path(DATA or ".") / "fewshot"
@@ -166,3 +174,97 @@ def test_real_caltech101():
     assert len(data.shots(16, 2)) == 1600
     assert data.shots(1, 1)[0].key == "caltech-101/Faces/image_0201.jpg"
     assert data.test[0].image.mode == "RGB"
+
+
+# The protocol
+
+
+@pytest.fixture(scope="module")
+def study():
+    "A model, data, and what it read: four shots of two seeds."
+    from vermouth.model import Vermouth
+    from vermouth.tasks.fewshot import read_study, study_items
+    model, data = Vermouth.build(uhead="pico"), load_fewshot(test_per_class=3)
+    return model, data, read_study(model, study_items(data, (4,), (1, 2)))
+
+
+def test_a_run_is_repeatable_starts_anew_and_agrees_with_scikit_learn(study):
+    from vermouth.tasks.fewshot import few_shot_accuracy, scores_on_test, train_few_shot
+    model, data, reading = study
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trained = train_few_shot(model, data, reading, 4, 1, epochs=5, lr=1e-3)
+    scores, labels = scores_on_test(trained, data, reading)
+    assert few_shot_accuracy(model, data, 4, 1, epochs=5, lr=1e-3, reading=reading) == pytest.approx(accuracy_score(labels, scores.argmax(1)))
+    assert labels == [item.label for item in data.test]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model given is left as it is"
+    other = train_few_shot(model, data, reading, 4, 2, epochs=5, lr=1e-3)
+    assert not torch.equal(trained.uhead.pool.out.weight, other.uhead.pool.out.weight)
+
+
+def test_nothing_but_the_oracle_looks_at_a_label(study):
+    from vermouth.tasks.fewshot import oracle_prompts, read_study
+    model, data, reading = study
+    relabelled = [replace(item, label=(item.label + 1) % 12, name="cheat") for item in reading.items[:6]]
+    again = read_study(model, relabelled)
+    assert again.prompts == reading.prompts[:6]
+    for a, b in zip(again.features.batch(range(6)), reading.features.batch(range(6))): assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), "but for the batch's size nothing changed"
+    assert oracle_prompts(data, data.test[:1]) == [f"a photo of {data.names[0]}"]
+
+
+def test_a_bad_test_image_is_set_aside_and_the_rest_is_read(study, tmp_path, capsys):
+    from vermouth.tasks.fewshot import read_study
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    reading = read_study(study[0], [*study[1].test[:2], Item(tmp_path / "bad.jpg", 0, "cat", "bad.jpg")], out=tmp_path / "stores")
+    assert len(reading.items) == len(reading.prompts) == 2 and "left out: bad.jpg" in capsys.readouterr().out
+
+
+def test_another_setting_is_another_store(study):
+    from vermouth.tasks.fewshot import store_name
+    model, data, reading = study
+    names = {store_name(model, data.test, p) for p in (None, ["cat"] * len(data.test), ["dog"] * len(data.test))} | {store_name(model, data.test[1:], None)}
+    assert len(names) == 4
+
+
+def test_timm_backbones_are_probed_where_their_weights_are(study, tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+    from vermouth.tasks import fewshot
+    _, data, reading = study
+    monkeypatch.setattr(fewshot, "TIMM", {"here": "resnet10t.c3_in1k", "absent": "vit_base_patch16_224.dino"})
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(fewshot, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name) if "resnet10t" in repo else None)
+    monkeypatch.setattr("vermouth.expert.hf_hub_download", lambda repo, name: str(tmp_path / name))
+    small = replace(reading, items=reading.items[:3], prompts=reading.prompts[:3])
+    found, absent = fewshot.timm_vectors(small, "cpu")
+    assert found["here"].shape == (3, 512) and absent == {"absent": "no weights here; fetch them with: hf download timm/vit_base_patch16_224.dino model.safetensors"}
+
+
+# The results page
+
+METHODS = {"Vermouth", "Vermouth without expert", "U-head on random weights", "U-head on random weights without expert", "oracle: prompts from the true label", "linear probe on the same features", "training-free nearest class mean",
+           "expert only, linear probe", "CLIP linear probe", "CLIP zero-shot", "caption only, linear probe", "caption only"}
+
+
+def run(folder, **parameters):
+    "Execute the page in `folder`; what it printed and showed."
+    papermill.execute_notebook(str(REPOSITORY / "nbs" / "11_fewshot.ipynb"), str(folder / "out.ipynb"), parameters=parameters, cwd=str(folder), progress_bar=False)
+    outputs = [o for c in nbformat.read(folder / "out.ipynb", 4).cells for o in c.get("outputs", [])]
+    return "\n".join(o.get("text", "") + o.get("data", {}).get("text/html", "") for o in outputs)
+
+
+def test_page_on_toybox_as_nbdev_test_runs_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    shown = run(tmp_path)
+    assert all(f"<th>{method}</th>" in shown for method in METHODS)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"], "nothing is left where committed results lie"
+
+
+@real
+def test_page_on_caltech101(tmp_path):
+    shown = run(tmp_path, dataset="caltech101", root=str(ROOT), shots=1, seed=1, epochs=1, limit=100)
+    rows = pd.read_csv(tmp_path / "results" / "11_fewshot.csv")
+    left_out = {name for name in ("MAE-L", "ConvNeXtV2-L", "SwinV2-L", "DINO-B", "DINOv2-B", "BEiTv2-L") if f"{name}, linear probe: left out" in shown}
+    probed = {m.removesuffix(", linear probe") for m in rows.method} & {"MAE-L", "ConvNeXtV2-L", "SwinV2-L", "DINO-B", "DINOv2-B", "BEiTv2-L"}
+    assert METHODS <= set(rows.method) and len(left_out | probed) == 6
+    assert (rows.n == 100).all() and rows.value.between(0, 1).all() and rows.setting.str.contains("shots=").all()
+    assert "1 of 1 shot sets from index files" in shown

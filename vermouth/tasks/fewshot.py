@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'TIMM', 'COLOURS', 'Reading', 'study_items', 'store_name', 'read_study', 'oracle_prompts', 'fresh', 'maps_of',
            'train_few_shot', 'scores_on_test', 'few_shot_accuracy', 'pooled_levels', 'embeddings', 'zero_shot',
-           'probed', 'baseline_rows', 'timm_vectors', 'trained_rows', 'count_passes', 'affordable_epochs', 'summary',
+           'probed', 'baseline_rows', 'timm_vectors', 'affordable_epochs', 'trained_rows', 'count_passes', 'summary',
            'curves']
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #3bbcf756
@@ -267,49 +267,43 @@ def timm_vectors(
         except VermouthError as e: absent[name] = str(e)
     return found, absent
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #932c7bba
+# %% ../../nbs/tasks/01_fewshot.ipynb #4eabd374
+def affordable_epochs(
+    images: int,             # that a run trains on, in all classes
+    device: torch.device,
+    most: int = 20_000,      # images through a head in one run on a CPU, 313 steps of 64
+) -> int:
+    "The paper's 100 epochs; on a CPU fewer where a run would be long."
+    return 100 if device.type != "cpu" else max(1, min(100, most // images))
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #754a7949
 def trained_rows(
     models: Mapping[str, tuple[Vermouth, Reading]], # method → untrained model and what it read
     data: FewShotData,
-    shots: Sequence[int],
+    epochs: Mapping[int, int],                      # shots → epochs
     seeds: Sequence[int],
-    epochs: int = 100,
     batch_size: int = 64,
     lr: float = 1e-4,
     title: str = "training",                        # of the progress bar; empty shows none
 ) -> list[Row]:
     "Every model at every number of shots with every seed."
-    runs, out = [(name, k, seed) for name in models for k in shots for seed in seeds], []
-    with tqdm(total=epochs * len(data.names) * sum(k for _, k, _ in runs), desc=title, unit="image", disable=not title) as bar:
+    runs, out = [(name, k, seed) for name in models for k in epochs for seed in seeds], []
+    with tqdm(total=len(data.names) * sum(epochs[k] * k for _, k, _ in runs), desc=title, unit="image", disable=not title) as bar:
         for name, k, seed in runs:
-            value = few_shot_accuracy(models[name][0], data, k, seed, epochs, batch_size, lr, models[name][1])
+            value = few_shot_accuracy(models[name][0], data, k, seed, epochs[k], batch_size, lr, models[name][1])
             out.append({"method": name, "shots": k, "seed": seed, "accuracy": value})
-            bar.update(epochs * k * len(data.names))
+            bar.update(epochs[k] * k * len(data.names))
     return out
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #de08ccda
+# %% ../../nbs/tasks/01_fewshot.ipynb #4fb58d7e
 def count_passes(
     data: FewShotData,
-    shots: Sequence[int],
+    epochs: Mapping[int, int], # shots → epochs
     seeds: Sequence[int],
-    epochs: int,
 ) -> tuple[int, int]: # images read once, images read by recomputation
     "Backbone passes of one method's study, and what they would be if every epoch and every test read its images anew."
-    once, runs = len(study_items(data, shots, seeds)), [(k, seed) for k in shots for seed in seeds]
-    return once, sum(epochs * k * len(data.names) + len(data.test) for k, _ in runs)
-
-# %% ../../nbs/tasks/01_fewshot.ipynb #9617b2dc
-def affordable_epochs(
-    data: FewShotData,
-    shots: Sequence[int],
-    seeds: Sequence[int],
-    models: int,           # how many are trained
-    device: torch.device,
-    budget: int = 1_500_000, # images through heads that a CPU may take, about ten minutes on two cores
-) -> int:
-    "The paper's 100 epochs, or on a CPU as many as the budget allows."
-    each = models * len(data.names) * sum(shots) * len(seeds)
-    return 100 if device.type != "cpu" else max(1, min(100, budget // each))
+    again = sum(n * k * len(data.names) + len(data.test) for k, n in epochs.items()) * len(seeds)
+    return len(study_items(data, epochs, seeds)), again
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #3518a0a3
 def summary(
@@ -321,7 +315,7 @@ def summary(
     table = pd.Series(text, cells.index).unstack("shots").reindex(pd.unique(pd.Series([r["method"] for r in rows])))
     return table.reindex(columns=sorted(table.columns)).fillna("").rename(columns={0: "no shots"})
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #6e68c29c
+# %% ../../nbs/tasks/01_fewshot.ipynb #9281b003
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
@@ -329,15 +323,15 @@ def curves(
     rows: Sequence[Row],
     marked: Sequence[str] = (), # methods that are no results, drawn dashed
 ) -> Figure:
-    "Accuracy against shots, with the deviation over seeds; what needs no shots is a dotted line."
+    "Accuracy against shots, with the deviation over seeds; what needs no shots is a level line."
     table, fig = pd.DataFrame(rows), Figure(figsize=(7.5, 4.2))
-    ax = fig.subplots()
-    for i, (name, part) in enumerate(table.groupby("method", sort=False)):
-        style = {"color": COLOURS[i % len(COLOURS)], "label": name, "linewidth": 2.2 if i == 0 else 1.2}
+    ax, trained = fig.subplots(), table[table.shots > 0]
+    for i, (name, part) in enumerate(trained.groupby("method", sort=False)):
         each = part.groupby("shots").accuracy.agg(["mean", "std"]).mul(100).fillna(0)
-        if set(part.shots) == {0}: ax.axhline(each["mean"].iloc[0], ls=":", **style)
-        else: ax.errorbar(each.index, each["mean"], each["std"], ls="--" if name in marked else "-", marker="os^vD"[i % 5], ms=4, capsize=2, **style)
-    ticks = sorted(set(table.shots) - {0})
+        line = "--" if name in marked else "-" if i < len(COLOURS) else "-."
+        ax.errorbar(each.index, each["mean"], each["std"], ls=line, color=COLOURS[i % len(COLOURS)], label=name, lw=2.2 if i == 0 else 1.2, marker="os^vD"[i % 5], ms=4, capsize=2)
+    for i, row in enumerate(table[table.shots == 0].itertuples()): ax.axhline(100 * row.accuracy, ls=(":", (0, (1, 3)))[i % 2], c="k", lw=1, label=row.method)
+    ticks = sorted(set(trained.shots))
     ax.set(xscale="log", xlabel="images per class", ylabel="accuracy on the test set, %")
     ax.set_xticks(ticks, [str(k) for k in ticks]); ax.minorticks_off()
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
