@@ -6,9 +6,11 @@
 __all__ = ['WORDS', 'parse_value', 'read_parameters', 'work_folder', 'notebooks_folder', 'results_pages', 'find_page',
            'page_parameters', 'check_parameters', 'fingerprint', 'read_state', 'run_page', 'run_pages', 'gather']
 
-# %% ../../nbs/app/02_run.ipynb #8821425c
+# %% ../../nbs/app/02_run.ipynb #3ba888c2
+import ast
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,13 +92,16 @@ def find_page(
     pages = {p.stem: p for p in results_pages(folder)}
     return pages[choose("notebook", notebook.removesuffix(".ipynb"), pages)]
 
-# %% ../../nbs/app/02_run.ipynb #602d7204
+# %% ../../nbs/app/02_run.ipynb #3ca19d5f
 def page_parameters(
     page: str | Path, # a notebook
 ) -> list[str]:       # the names that its cell tagged `parameters` assigns
-    "What a page can be given."
-    try: return list(papermill.inspect_notebook(str(page)))
+    "What a page can be given. papermill's own parser loses `shots = 5  # 0 = all`: it takes the second = for one of Python's."
+    try: code = [c.source for c in load_notebook_node(str(page)).cells if "parameters" in c.metadata.tags]
     except Exception as e: raise VermouthError(f"notebook={Path(page).name!r}: not a notebook that papermill reads ({type(e).__name__}). Open it in Jupyter and save it again.") from e
+    try: lines = ast.parse("\n".join(code[:1])).body  # papermill takes the first
+    except SyntaxError as e: raise VermouthError(f"notebook={Path(page).name!r}: its parameters are not plain Python (line {e.lineno}). Keep to assignments.") from e
+    return [t.id for line in lines for t in getattr(line, "targets", [getattr(line, "target", None)]) if isinstance(t, ast.Name)]
 
 
 def check_parameters(
@@ -131,9 +136,10 @@ def read_state(
     except (OSError, ValueError): return {}
     return state if isinstance(state, dict) else {}
 
-# %% ../../nbs/app/02_run.ipynb #2b28421d
+# %% ../../nbs/app/02_run.ipynb #a07278f0
 def _execute(page: Path, target: Path, parameters: dict[str, Any], progress: bool) -> str: # what went wrong; empty if nothing
     bar = {"leave": False, "desc": page.stem} if progress else False
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # or it warns of parameters that its parser loses
     quiet = ["--log-level=ERROR"]  # or each kernel warns that it listens on this machine's own loopback
     try: papermill.execute_notebook(str(page), str(target), parameters, progress_bar=bar, start_timeout=600, extra_arguments=quiet)
     except papermill.PapermillExecutionError as e: return f"{e.ename}: {e.evalue}".strip().splitlines()[0]
