@@ -289,8 +289,8 @@ def exists(dotted):
 
 
 def mentioned(text, blocks):
-    "Our dotted names in back-ticks, and what code blocks import from us."
-    yield from re.findall(r"`(vermouth(?:\.\w+)+)(?:\([^`]*)?`", text)
+    "Our dotted names in back-ticks (vermouth.json is a file), and what code blocks import from us."
+    yield from re.findall(r"`(vermouth(?:\.\w+)+)(?<!\.json)(?:\([^`]*)?`", text)
     for node in (n for block in blocks for n in ast.walk(python(block))):
         if isinstance(node, ast.Import): yield from (a.name for a in node.names if a.name.split(".")[0] == "vermouth")
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vermouth": yield from (f"{node.module}.{a.name}" for a in node.names)
