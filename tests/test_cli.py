@@ -156,21 +156,10 @@ def test_classify_a_folder(photos):
     assert all(abs(sum(image["probabilities"].values()) - 1) < 1e-5 for image in again["images"])
 
 
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    "A saved model with a segmentation head that has learnt nothing."
-    from vermouth.model import Vermouth
-    from vermouth.segment import add_dense
-    model = Vermouth.build(captioner=None, expert=None, prompt="empty")
-    add_dense(model)
-    model.save(there := tmp_path_factory.mktemp("painter"))
-    return there
-
-
-def test_segment_writes_a_mask_of_numbers(painter, tmp_path):
+def test_segment_writes_a_mask_of_numbers(tmp_path):
     from PIL import Image
     Image.new("RGB", (50, 30), "green").save(tmp_path / "image.png")
-    cut = fresh("segment", tmp_path / "image.png", "--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--model", painter, "--json")
+    cut = fresh("segment", tmp_path / "image.png", "--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--json")
     assert cut.returncode == 0 and not cut.stderr, cut.stderr
     with Image.open(tmp_path / "mask.png") as mask: counts = {n: c / 1500 for c, n in mask.getcolors()}
     assert mask.size == (50, 30) and {name: round(counts.get(i, 0), 4) for i, name in enumerate(("sky", "grass", "water"))} == json.loads(cut.stdout)["share"]
@@ -185,10 +174,9 @@ def test_segment_writes_a_mask_of_numbers(painter, tmp_path):
     (["segment", "FIRST", "--names", "a,b", "--out", "nowhere/mask.png"], "cannot be written"),
     (["segment", "FIRST", "--names", "a,a", "--out", "mask.png"], "Make the classes different"),
 ])
-def test_classify_and_segment_refuse(photos, painter, monkeypatch, words, says):
+def test_classify_and_segment_refuse(photos, monkeypatch, words, says):
     monkeypatch.chdir(photos)
-    more = ["--model", painter] if words[0] == "segment" else []
-    refused = shell(*(str(next(photos.glob("1/*.png"))) if w == "FIRST" else w for w in words), *more)
+    refused = shell(*(str(next(photos.glob("1/*.png"))) if w == "FIRST" else w for w in words))
     assert refused.exit_code == 2 and refused.stdout == "" and says in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
 
 

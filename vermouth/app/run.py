@@ -136,12 +136,13 @@ def read_state(
     except (OSError, ValueError): return {}
     return state if isinstance(state, dict) else {}
 
-# %% ../../nbs/app/02_run.ipynb #a07278f0
+# %% ../../nbs/app/02_run.ipynb #e5828373
 def _execute(page: Path, target: Path, parameters: dict[str, Any], progress: bool) -> str: # what went wrong; empty if nothing
     bar = {"leave": False, "desc": page.stem} if progress else False
     logging.getLogger("papermill").setLevel(logging.ERROR)  # or it warns of parameters that its parser loses
     quiet = ["--log-level=ERROR"]  # or each kernel warns that it listens on this machine's own loopback
-    try: papermill.execute_notebook(str(page), str(target), parameters, progress_bar=bar, start_timeout=600, extra_arguments=quiet)
+    patient = {"start_timeout": 600, "iopub_timeout": 600}  # on a busy machine a page's error may come seconds after its end, and must not be missed
+    try: papermill.execute_notebook(str(page), str(target), parameters, progress_bar=bar, extra_arguments=quiet, **patient)
     except papermill.PapermillExecutionError as e: return f"{e.ename}: {e.evalue}".strip().splitlines()[0]
     except Exception as e: return f"{type(e).__name__}: {e}".strip().splitlines()[0]
     return ""
