@@ -207,7 +207,7 @@ def test_nothing_but_the_oracle_looks_at_a_label(study):
     relabelled = [replace(item, label=(item.label + 1) % 12, name="cheat") for item in reading.items[:6]]
     again = read_study(model, relabelled)
     assert again.prompts == reading.prompts[:6]
-    for a, b in zip(again.features.batch(range(6)), reading.features.batch(range(6))): assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), "but for the batch's size nothing changed"
+    for a, b in zip(again.features.batch(range(6)), reading.features.batch(range(6))): assert torch.allclose(a.float(), b.float(), rtol=2e-3, atol=1e-4 * float(b.abs().max())), "but for the batch's size, which may move the last of float16's bits, nothing changed"
     assert oracle_prompts(data, data.test[:1]) == [f"a photo of {data.names[0]}"]
 
 
