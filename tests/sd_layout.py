@@ -9,33 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-KINDS = ("sd1", "sd2.1", "sd2.1-base")
-
-
-def unet_config(kind, width):
-    "The U-Net's configuration; `width` divides the channels."
-    two = kind.startswith("sd2")
-    return dict(
-        sample_size={"sd1": 64, "sd2.1": 96, "sd2.1-base": 64}[kind], in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=[320 // width, 640 // width, 1280 // width, 1280 // width],
-        cross_attention_dim=(1024 if two else 768) // width, attention_head_dim=[5, 10, 20, 20] if two else 8,
-        norm_num_groups=32 if width == 1 else 8, norm_eps=1e-5, act_fn="silu", flip_sin_to_cos=True, freq_shift=0,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        **(dict(use_linear_projection=True, upcast_attention=True) if two else {}),
-    )
-
-
-def vae_config(width):
-    "The VAE's configuration: four scales, so a latent factor of 8."
-    return dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128 // width, 256 // width, 512 // width, 512 // width], layers_per_block=2, norm_num_groups=32 if width == 1 else 8,
-                sample_size=512, scaling_factor=0.18215, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-
-
-def text_config(kind, width):
-    "The text tower's configuration; 2.x has one layer fewer than its CLIP, because the last one is not used."
-    shape = dict(hidden_size=1024 // width, intermediate_size=4096 // width, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu", projection_dim=512) if kind.startswith("sd2") else \
-        dict(hidden_size=768 // width, intermediate_size=3072 // width, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768)
-    if width > 1: shape |= dict(num_hidden_layers=2, num_attention_heads=4)
-    return dict(**shape, vocab_size=49408, max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1, dropout=0.0, layer_norm_eps=1e-5, model_type="clip_text_model", architectures=["CLIPTextModel"])
+from vermouth.standin import text_config, unet_config, vae_config
 
 
 def scheduler_config(kind):
@@ -85,7 +59,7 @@ def write_folder(folder, kind="sd1", width=8, seed=0, dtype=torch.float32):
     rename(folder / "vae" / "diffusion_pytorch_model.safetensors", old_vae_names)
     CLIPTextModel(CLIPTextConfig(**text_config(kind, width))).to(dtype).save_pretrained(folder / "text_encoder")
     rename(folder / "text_encoder" / "model.safetensors", lambda k: k if k.startswith("text_model.") else f"text_model.{k}")
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(text_config(kind, width)))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(text_config(kind, width) | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}))
     write_tokenizer(folder / "tokenizer", pad="<|endoftext|>" if kind == "sd1" else "!")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(kind)))

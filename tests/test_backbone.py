@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sd_layout import KINDS, write_folder
+from sd_layout import write_folder
 
 from vermouth.backbone import load_backbone
 from vermouth.core import VermouthError
 from vermouth.hooks import STAGE_SETS, tapped, unet_blocks
+from vermouth.standin import SIZES
 
 PROMPTS = ["a photo of a cat", None, "cat"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: write_folder(tmp_path_factory.mktemp("sd") / kind, kind) for kind in KINDS}
+    return {kind: write_folder(tmp_path_factory.mktemp("sd") / kind, kind) for kind in SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def copy(folders, tmp_path):
 def relative(a, b): return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIZES)
 def test_what_the_layout_says(kind, backbones, images):
     bb = backbones[kind]
     assert (bb.factor, bb.multiple, bb.tokens) == (8, 64, 77)
@@ -60,7 +61,7 @@ def test_tokens_are_those_of_clip(backbones):
     assert two("cat", padding="max_length").input_ids[-1] == 0      # 2.x with "!"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIZES)
 def test_latents_are_the_posterior_mean(kind, backbones, images):
     bb = backbones[kind]
     with torch.no_grad(): mean = bb.vae.encode(images).latent_dist.mean
@@ -79,7 +80,7 @@ def test_frozen(backbones, images):
     with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(bb.features(images, PROMPTS)[0], first)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("noise", ["ddpm", "ddim", "none"])
 def test_an_image_has_its_own_features(kind, noise, backbones, images):
     bb, how = backbones[kind], dict(noise=noise, ddim_steps=2)
