@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -301,3 +302,30 @@ def test_bad_files_are_set_aside_wherever_the_folder_lies(backbone, tmp_path, ca
         assert str(tmp_path) not in (store.out / "manifest.json").read_text()
     assert checksums[0] == checksums[1]
     with pytest.raises(VermouthError, match="none of 2 can be used. The first: image='00.png'"): extract(backbone, files[:1] + [files[5]], tmp_path / "none", **FEW)
+
+
+def launched(processes, photos, out, kill_after=0):
+    "extract under torchrun; with `kill_after` every process is killed after so many seconds."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "vermouth.app.cli", "extract", str(photos), "--out", str(out), "--json"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if kill_after:
+        end = time.monotonic() + kill_after
+        while run.poll() is None and time.monotonic() < end and not len(list(out.glob("shard-*.safetensors"))) > 1: time.sleep(0.02)
+        for process in [*psutil.Process(run.pid).children(recursive=True), run]: process.kill()
+    return run.communicate()
+
+
+def test_processes_share_a_job_and_the_store_is_that_of_one(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, toy in enumerate(Toybox("photo", n=300)): toy.image.save(photos / f"{i:03d}.png")
+    told = {n: json.loads(launched(n, photos, tmp_path / str(n))[0]) for n in (1, 2)}
+    assert told[1]["items"] == told[2]["items"] == 300 and told[1]["checksum"] == told[2]["checksum"]
+    launched(2, photos, tmp_path / "killed", kill_after=300)
+    left = len(list((tmp_path / "killed").glob("shard-*.safetensors")))
+    assert 2 <= left < 5, "killed in the middle"
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("shard-*.safetensors")}
+    again = json.loads(launched(3, photos, tmp_path / "killed")[0])
+    assert again["checksum"] == told[1]["checksum"]
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in kept.items()), "what was done stays done"

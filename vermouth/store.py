@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OURS', 'Job', 'rounded', 'look', 'good_ones', 'maps_of', 'read_shard', 'write_shard', 'check_folder', 'stamp',
-           'check_items', 'first_shapes', 'check_disk', 'begin', 'extract']
+           'check_items', 'first_shapes', 'check_disk', 'begin', 'make', 'extract']
 
-# %% ../nbs/07_store.ipynb #af2cf44a
+# %% ../nbs/07_store.ipynb #98f6fc09
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from .core import VermouthError, image_tensor, read_image
 from .items import image_of, item_ids
 from .shards import (FORMAT, MANIFEST, STORE_DTYPES, FeatureStore, check_expected, finish, finished, keep, put_shard,
                              read_manifest, sole_writer, store_key)
+from .team import team, together, wait_for_all
 from .text import Captioner
 
 # %% ../nbs/07_store.ipynb #9c06a1c4
@@ -218,6 +220,22 @@ def begin(
     if not (job.out / MANIFEST).exists(): keep(job.out / MANIFEST, json.dumps(manifest).encode())
     return manifest, missing
 
+# %% ../nbs/07_store.ipynb #bab5d599
+def make(
+    job: Job,
+    manifest: dict[str, Any], # from `begin`
+    missing: list[int],       # shards still to be made, by all processes
+    quiet: bool,
+) -> None:
+    "Make this process's share, and wait for the others."
+    rank, size = team()
+    mine = missing[rank::size]
+    todo, rest = sum(len(job.part(k)) for k in mine), sum(len(job.part(k)) for k in missing)
+    done = 0 if size > 1 else len(job.items) - rest
+    with tqdm(total=done + todo, initial=done, desc="features", unit="image", disable=quiet or not mine or rank > 0) as bar:
+        for k in mine: write_shard(job, k, manifest, bar)
+    wait_for_all()
+
 # %% ../nbs/07_store.ipynb #043bba5f
 def _checked(items: Any, **counts: int) -> Sequence[Any]:
     if isinstance(items, (str, os.PathLike)): raise VermouthError(f"items={str(items)!r}: one path. Pass a list of images.")
@@ -227,7 +245,7 @@ def _checked(items: Any, **counts: int) -> Sequence[Any]:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise VermouthError(f"{name}={n!r}: pass a whole number from 1.")
     return items
 
-# %% ../nbs/07_store.ipynb #b874ed70
+# %% ../nbs/07_store.ipynb #0cdf9d9a
 def extract(
     backbone: Backbone,                        # from `load_backbone`
     items: Sequence[Any],                      # paths, PIL images, arrays, tensors, or objects with an `image`
@@ -249,12 +267,13 @@ def extract(
     if unknown := set(settings) - set(vars(FeatureSettings())): raise VermouthError(f"{min(unknown)}: no setting of extract. Choose from {', '.join(vars(FeatureSettings()))}.")
     key = store_key(backbone, prompts, captioner, expert, size, shard_size, dtype, **settings)
     job = Job(backbone, items, Path(out), FeatureSettings(**settings), prompts, captioner, expert, size, batch_size, shard_size, STORE_DTYPES[dtype])
-    with sole_writer(job.out):
-        manifest, missing = begin(job, key, quiet)
-        done = len(items) - sum(len(job.part(k)) for k in missing)
-        with tqdm(total=len(items), initial=done, desc="features", unit="image", disable=quiet or not missing) as bar:
-            for k in missing: write_shard(job, k, manifest, bar)
-        if missing or not manifest["checksum"]: finish(job.out, manifest, len(job.shards))
+    with ExitStack() as held:
+        def take():
+            held.enter_context(sole_writer(job.out))
+            return begin(job, key, quiet)
+        manifest, missing = together(take)
+        make(job, manifest, missing, quiet)
+        together(lambda: finish(job.out, manifest, len(job.shards)) if missing or not manifest["checksum"] else None)
     store = FeatureStore(job.out, key)
-    if store.set_aside and not quiet: print(f"{len(store.set_aside)} of {len(items):,} set aside:", *(f"{name}: {why}" for name, why in store.set_aside[:10]), sep="\n  ")
+    if store.set_aside and not quiet and team()[0] == 0: print(f"{len(store.set_aside)} of {len(items):,} set aside:", *(f"{name}: {why}" for name, why in store.set_aside[:10]), sep="\n  ")
     return store

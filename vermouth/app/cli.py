@@ -118,7 +118,7 @@ Trained = Annotated[str, typer.Option("--model", help="'toybox', or a folder tha
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps. Default: the best there is.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16, float16.")]
 
-# %% ../../nbs/app/03_cli.ipynb #e703061f
+# %% ../../nbs/app/03_cli.ipynb #e9467e6b
 @app.command(cls=Pairs)
 def extract(
     images: Images,
@@ -133,7 +133,7 @@ def extract(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    "Compute the features of images once and keep them on disk."
+    "Compute the features of images once and keep them on disk; several processes of a launcher (torchrun, accelerate launch) share the work."
     from contextlib import redirect_stdout
     from vermouth import store
     from vermouth.app.files import image_paths
@@ -141,14 +141,16 @@ def extract(
     from vermouth.backbone import FeatureSettings, load_backbone
     from vermouth.core import choose
     from vermouth.expert import load_expert
+    from vermouth.team import team
     from vermouth.text import load_captioner
     paths, settings = [str(p) for p in image_paths(images, sys.stdin)], read_parameters(map(split_pair, parameter))
     for name in settings: choose("parameter", name, vars(FeatureSettings()))
     backbone = load_backbone(model, device or None, dtype)
     blip = None if captioner == "none" else load_captioner(captioner or ("toybox" if model == "toybox" else BLIP), backbone.device)
     beside = load_expert(expert, device=backbone.device) if expert else None
-    size = size or min(256, backbone.unet.config.sample_size * backbone.factor)
+    if size is None: size = min(256, backbone.unet.config.sample_size * backbone.factor)
     with redirect_stdout(sys.stderr): made = store.extract(backbone, paths, out, None, blip, beside, size, batch_size, quiet=as_json, **settings)
+    if team()[0]: return  # under a launcher the first process speaks for all
     if as_json: show_json({"store": str(out), "items": len(made), "bytes": made.nbytes, "checksum": made.manifest["checksum"], "set_aside": made.set_aside})
     else: typer.echo(f"{len(made)} of {len(paths)} images are in {out}: {made.nbytes / 1e6:.1f} MB, checksum {made.manifest['checksum']}")
     if made.set_aside: raise typer.Exit(1)
@@ -317,3 +319,6 @@ def info(as_json: Json = False) -> None:
     for name, repo in found["hub"].items(): table.add_row(name, f"{repo['bytes'] / 1e6:.0f} MB" if repo["bytes"] else "not here", repo["role"])
     for name, size in found["data"].items(): table.add_row(name, f"{size / 1e3:.1f} kB", "ships with vermouth")
     Console(soft_wrap=True, force_jupyter=False).print(table)
+
+# %% ../../nbs/app/03_cli.ipynb #50bfdd73
+if __name__ == "__main__" and "__file__" in globals(): app()
