@@ -219,7 +219,7 @@ def test_a_bad_test_image_is_set_aside_and_the_rest_is_read(study, tmp_path, cap
 
 
 def test_another_setting_is_another_store(study):
-    from vermouth.tasks.fewshot import store_name
+    from vermouth.baselines import store_name
     model, data, reading = study
     names = {store_name(model, data.test, p) for p in (None, ["cat"] * len(data.test), ["dog"] * len(data.test))} | {store_name(model, data.test[1:], None)}
     assert len(names) == 4

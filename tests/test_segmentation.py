@@ -254,3 +254,11 @@ def test_the_page_reads_photographs(dataset, place, methods, tmp_path):
         warnings.simplefilter("ignore")
         rows = results(tmp_path, dataset=dataset, root=str(Path(DATA) / "seg" / place), shots=1, epochs=1, limit=8)
     assert set(rows.method) == methods
+
+
+@real
+def test_a_head_meets_another_data_set_with_nothing_but_its_names(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = results(tmp_path, dataset=["voc20", "ade150"], root=str(Path(DATA) / "seg"), shots=1, epochs=1, limit=4)
+    assert set(rows.dataset) == {"ade150"} and set(rows.method) == METHODS and rows.setting.str.endswith("trained on voc20").all()

@@ -20,10 +20,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureSettings, load_backbone, prompt_list
+from .batches import in_batches
 from .core import VermouthError, choose, fingerprint, image_batch
 from .dense import DenseHead
 from .expert import Adapters, Expert, load_expert
-from .frozen import in_batches
 from .saved import check_part, read_card, read_weights, write_model
 from .segment import segment_images
 from .text import Captioner, Clip, class_embeddings, clip_for, load_captioner, load_clip, make_prompts

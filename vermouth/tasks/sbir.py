@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Features', 'train_sbir', 'evaluate', 'features_of', 'split_prompts', 'run_sbir', 'compare', 'hits_panel']
 
-# %% ../../nbs/tasks/00_sbir.ipynb #8cbe80dd
+# %% ../../nbs/tasks/00_sbir.ipynb #5aab68de
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..baselines import baselines, prompts_for, read_items
+from ..baselines import baselines, kept_rows, maps_for, prompts_for, read_items
 from ..data.sbir import SketchItem, SketchSplit
 from ..items import Embed, embed_items
 from ..metrics import retrieval_metrics
 from ..model import Vermouth
+from ..store import FeatureStore
 from ..text import class_embeddings
 from ..train import train_head
 
-# %% ../../nbs/tasks/00_sbir.ipynb #20456c90
+# %% ../../nbs/tasks/00_sbir.ipynb #ccf7e19f
 def train_sbir(
     model: Vermouth,       # its U-head is trained in place
     split: SketchSplit,
@@ -35,14 +36,14 @@ def train_sbir(
     lr: float = 1e-4,
     log: Path | None = None, # CSV file of the epochs
     quiet: bool = False,   # no progress bars
+    features: Sequence[Tensor] | FeatureStore | None = None, # of the training images in this order, from `baselines.read_items` or `store_items`; None reads them
 ) -> pd.DataFrame:         # one row per epoch
     "Classify seen sketches and photos by the names of their classes; keep the best epoch."
     items = [*split.train_sketches, *split.train_photos]
-    if prompts is None: prompts = prompts_for(model, items)
-    maps = read_items(model, items, prompts, "" if quiet else "reading")
-    classes = class_embeddings(split.seen, model.clip).to(model.backbone.device)
-    groups = np.repeat([0, 1], [len(split.train_sketches), len(split.train_photos)])
-    return train_head(model, maps, [item.label for item in items], classes, groups, epochs, batch_size, lr, seed=seed, log=log, quiet=quiet)
+    if features is None: features = read_items(model, items, prompts_for(model, items) if prompts is None else prompts, "" if quiet else "reading")
+    rows, classes = kept_rows(features, items), class_embeddings(split.seen, model.clip).to(model.backbone.device)
+    groups = np.repeat([0, 1], [len(split.train_sketches), len(split.train_photos)])[rows]
+    return train_head(model, maps_for(model, features), [items[i].label for i in rows], classes, groups, epochs, batch_size, lr, seed=seed, log=log, quiet=quiet)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #1139cd60
 def evaluate(

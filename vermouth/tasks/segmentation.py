@@ -8,7 +8,7 @@ __all__ = ['Labeller', 'training_masks', 'PixelClassifier', 'Trained', 'train_pi
            'by_one', 'by_caption', 'by_majority', 'train_expert', 'split_prompts', 'run_segmentation', 'compare',
            'masks_panel']
 
-# %% ../../nbs/tasks/02_segmentation.ipynb #b0ebfa9e
+# %% ../../nbs/tasks/02_segmentation.ipynb #410a2a8c
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ from fastai.optimizer import OptimWrapper
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..baselines import prompts_for, read_items
+from ..baselines import kept_rows, maps_for, prompts_for, read_items
 from ..core import VermouthError, image_batch, seed_everything
 from ..data.segmentation import MaskItem, MaskSplit, pair
 from ..dense import DenseHead, pixel_logits, pixel_loss
@@ -36,7 +36,7 @@ from ..model import Vermouth
 from ..segment import add_dense, class_words, dense_head, label_embeddings, label_map, palette, pixel_vectors, separate, tinted
 from ..store import FeatureStore
 from ..text import Clip, text_embeddings
-from ..train import Batches, BestEpoch, KeptFeatures, NoValidation, check_run, hold_back, history
+from ..train import Batches, BestEpoch, KeptFeatures, Levels, NoValidation, check_run, hold_back, history
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #00701ed8
 def training_masks(
@@ -91,10 +91,10 @@ class Trained(nn.Module):
         with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()): maps = self.join(maps)
         return self.head(maps)
 
-# %% ../../nbs/tasks/02_segmentation.ipynb #5e01f6aa
+# %% ../../nbs/tasks/02_segmentation.ipynb #4f9ccccb
 def train_pixels(
     head: nn.Module,           # list of maps (B,C,h,w) → (B,D,h',w'); trained in place
-    features: Sequence[Tensor] | FeatureStore, # (N,C,h,w) per level, or a store of N items
+    features: Sequence[Tensor] | FeatureStore | Levels, # (N,C,h,w) per level, or a store of N items, or some of its maps
     masks: Tensor,             # (N,H,W) indices of classes, from `training_masks`
     classes: Tensor,           # (K,D) unit vectors of the class names
     ignore_index: int = 255,
@@ -108,7 +108,7 @@ def train_pixels(
     quiet: bool = False,       # no progress bar
 ) -> pd.DataFrame:             # one row per epoch: train_loss, and where something is held back valid_loss
     "Per-pixel cross-entropy on kept features."
-    features = features if isinstance(features, FeatureStore) else KeptFeatures(features)
+    features = features if hasattr(features, "batch") else KeptFeatures(features)
     check_run(len(features), masks, epochs, held)
     seed_everything(seed)
     keep, back = hold_back([0] * len(masks), held, seed)
@@ -123,12 +123,12 @@ def train_pixels(
     head.eval()
     return history(learn, log)
 
-# %% ../../nbs/tasks/02_segmentation.ipynb #afd5a3f3
+# %% ../../nbs/tasks/02_segmentation.ipynb #d7fe4304
 def train_segmentation(
     model: Vermouth,                      # with a segmentation head, which is trained in place
     split: MaskSplit,
     prompts: Sequence[str] | None = None, # of split.train; None makes them
-    features: Sequence[Tensor] | FeatureStore | None = None, # of split.train, from `baselines.read_items` or `store_items`; None reads the images
+    features: Sequence[Tensor] | FeatureStore | None = None, # of split.train, from `baselines.read_items` or `store_items`; a model without expert leaves the expert's maps; None reads the images
     adapters: bool = True,                # train the expert's adapters too
     quiet: bool = False,                  # no progress bars
     **options: Any,                       # of `train_pixels`: epochs, batch_size, lr, weight_decay, seed, held, log
@@ -137,12 +137,9 @@ def train_segmentation(
     head, items = Trained(model, adapters), split.train
     if not items: raise VermouthError(f"split: {split.dataset} has no images to train on below this root. Train on another data set, then evaluate here with these names.")
     if features is None: features = read_items(model, items, prompts_for(model, items) if prompts is None else prompts, "" if quiet else "reading")
-    if isinstance(features, FeatureStore):
-        if len(features.manifest["ids"]) != len(items): raise VermouthError(f"features: a store of {len(features.manifest['ids'])} items, split.train has {len(items)}. Extract split.train.")
-        items = [items[i] for i in features.kept]
-    masks = training_masks(items, split.seen, split.ignore_index, model.size)
+    masks = training_masks([items[i] for i in kept_rows(features, items)], split.seen, split.ignore_index, model.size)
     classes = label_embeddings([split.names[k] for k in split.seen], model.clip).to(model.backbone.device)
-    return train_pixels(head, features, masks, classes, split.ignore_index, quiet=quiet, **options)
+    return train_pixels(head, maps_for(model, features), masks, classes, split.ignore_index, quiet=quiet, **options)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #3bda9a92
 Labeller = Callable[[list, list[str], Sequence[Sequence[str]]], list[list[np.ndarray]]]
@@ -301,21 +298,22 @@ def by_majority(
     pixels = {split.names[k]: int(count[k]) for k in split.seen}
     return by_one(lambda prompts, names: [int(np.argmax([pixels.get(name, 0) for name in names]))] * len(prompts))
 
-# %% ../../nbs/tasks/02_segmentation.ipynb #c67c3836
+# %% ../../nbs/tasks/02_segmentation.ipynb #13005f17
 def train_expert(
-    model: Vermouth,         # whose expert, CLIP and size are used
+    model: Vermouth,         # whose frozen expert, CLIP and size are used
     split: MaskSplit,
+    features: Sequence[Tensor] | FeatureStore, # of split.train, as `model` reads them: the expert's maps come after the pyramid
     seed: int = 0,           # of the head's weights too
     quiet: bool = False,
     **options: Any,          # of `train_pixels`
 ) -> DenseHead:
     "A segmentation head on the expert's maps."
-    chunks = in_chunks(split.train, [""] * len(split.train), "" if quiet else "expert")
-    maps = [torch.cat(level) for level in zip(*([m.cpu() for m in model.expert(image_batch(images, model.size))] for images, _ in chunks))]
+    masks = training_masks([split.train[i] for i in kept_rows(features, split.train)], split.seen, split.ignore_index, model.size)
+    maps = Levels(maps_for(model, features), slice(len(model.dims), None))
     seed_everything(seed)
-    head = DenseHead([m.shape[1] for m in maps], model.clip.dim, dense_head(model).width)
+    head = DenseHead([channels for channels, *_ in maps.shapes], model.clip.dim, dense_head(model).width)
     classes = label_embeddings([split.names[k] for k in split.seen], model.clip).to(model.backbone.device)
-    train_pixels(head, maps, training_masks(split.train, split.seen, split.ignore_index, model.size), classes, split.ignore_index, seed=seed, quiet=quiet, **options)
+    train_pixels(head, maps, masks, classes, split.ignore_index, seed=seed, quiet=quiet, **options)
     return head
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #439a5815
