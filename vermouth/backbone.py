@@ -6,12 +6,13 @@
 __all__ = ['NOISES', 'TRAJECTORIES', 'SCHEDULE', 'check_parts', 'Backbone', 'check_size', 'prompt_list', 'FeatureSettings',
            'latents_at', 'read', 'load_part', 'load_scheduler', 'load_tokenizer', 'load_backbone']
 
-# %% ../nbs/02_backbone.ipynb #3a694b01
+# %% ../nbs/02_backbone.ipynb #952f696f
 import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from .batches import in_batches
 from .checkpoint import WEIGHTS, locate
-from .core import VermouthError, choose, fingerprint, image_batch, pick_device, pick_dtype
-from .frozen import frozen, in_batches
+from .core import VermouthError, choose, fingerprint, image_batch, is_text, pick_device, pick_dtype
+from .frozen import frozen
 from .hooks import as_names, attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
 from .noise import PREDICTIONS, check_timesteps, ddim_walk, inversion_path, mix, noise_like
 
@@ -132,15 +134,15 @@ def encode_images(
 def _encode(bb: Backbone, images: Tensor) -> Tensor:
     with frozen(bb.device): return bb.vae.encode(images.to(bb.device, bb.dtype)).latent_dist.mean * bb.vae.config.scaling_factor
 
-# %% ../nbs/02_backbone.ipynb #6fbf7f77
+# %% ../nbs/02_backbone.ipynb #f3d02219
 def prompt_list(
     prompts: str | None | Iterable[str | None], # None is the empty prompt; one string stands for all
     count: int | None = None,                   # how many images there are; None if there are none to compare with
 ) -> list[str]:
     "One string per image."
-    if prompts is None or isinstance(prompts, str): return [prompts or ""] * (count or 1)
+    if prompts is None or isinstance(prompts, str): prompts = [prompts or ""] * (count or 1)
     prompts = ["" if p is None else p for p in (prompts if isinstance(prompts, Iterable) else [prompts])]
-    if wrong := [p for p in prompts if not isinstance(p, str)]: raise VermouthError(f"prompts: {wrong[0]!r} is not text. Pass strings, or None for no caption.")
+    if wrong := [p for p in prompts if not is_text(p)]: raise VermouthError(f"prompts: {wrong[0]!r} is not text. Pass strings, or None for no caption.")
     if not prompts or count not in (None, len(prompts)): raise VermouthError(f"prompts: {len(prompts)} of them for {count if count is not None else 'no'} images. Pass one for each image, or one string for all.")
     return prompts
 
@@ -165,7 +167,7 @@ def encode_text(
 NOISES = ("ddpm", "ddim", "none")
 TRAJECTORIES = ("sequential", "independent")
 
-# %% ../nbs/02_backbone.ipynb #0c26d4ac
+# %% ../nbs/02_backbone.ipynb #1f7afdec
 @dataclass(frozen=True)
 class FeatureSettings:
     "How an image is read: everything that decides its features, apart from the backbone, the image and the caption."
@@ -180,7 +182,8 @@ class FeatureSettings:
     def __post_init__(self):
         stage_rows(self.stages), attention_levels(self.attention)
         choose("noise", self.noise, NOISES), choose("trajectory", self.trajectory, TRAJECTORIES)
-        if self.ddim_steps < 1: raise VermouthError(f"ddim_steps={self.ddim_steps}: at least 1.")
+        for name, least, most in (("ddim_steps", 1, 10**6), ("seed", -2**63, 2**63 - 1)):
+            if not isinstance(n := getattr(self, name), Integral) or isinstance(n, bool) or not least <= n <= most: raise VermouthError(f"{name}={n!r}: pass a whole number, at least {least}.")
 
     def plain(self) -> dict[str, Any]:
         "The same in JSON's types: one or several names become a list."

@@ -6,8 +6,9 @@
 __all__ = ['ranked_hits', 'average_precision', 'mean_average_precision', 'precision_at_k', 'retrieval_metrics', 'accuracy',
            'confusion', 'class_iou', 'mean_iou']
 
-# %% ../nbs/06_metrics.ipynb #79261193
+# %% ../nbs/06_metrics.ipynb #8ef1dc17
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,35 +18,43 @@ from torch import Tensor
 
 from .core import VermouthError
 
-# %% ../nbs/06_metrics.ipynb #d8a40bff
+# %% ../nbs/06_metrics.ipynb #1db13c2c
 def _labels(
     argument: str, # its name, for the message
     labels: Any,   # n integers
     n: int,        # how many there must be
     what: str,     # what there are n of
 ) -> Tensor:       # (n,) int64
-    if not isinstance(labels, Tensor): labels = np.asarray(labels)
-    if not len(labels): raise VermouthError(f"{argument}: empty, for {n} {what}. Pass one label for each.")
-    if labels.is_floating_point() if isinstance(labels, Tensor) else labels.dtype.kind not in "iu": raise VermouthError(f"{argument}: {labels.dtype}. Pass integer class labels.")
+    try: labels = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    except ValueError as e: raise VermouthError(f"{argument}: not one list of numbers. Pass integer class labels.") from e
+    if 0 in labels.shape: raise VermouthError(f"{argument}: empty, for {n} {what}. Pass one label for each.")
+    if str(labels.dtype).removeprefix("torch.")[:3] not in ("int", "uin"): raise VermouthError(f"{argument}: {labels.dtype}. Pass integer class labels.")
     labels = torch.as_tensor(labels)
     if labels.shape != (n,): raise VermouthError(f"{argument}: shape {tuple(labels.shape)} for {n} {what}. Pass one label for each.")
     return labels.long()
 
-# %% ../nbs/06_metrics.ipynb #4c59d0d6
+# %% ../nbs/06_metrics.ipynb #80a37248
+def _tensor(argument: str, values: Any) -> Tensor:
+    try: values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as e: raise VermouthError(f"{argument}: not numbers in rows of one length ({type(e).__name__}). Pass an array or a tensor.") from e
+    if values.is_complex(): raise VermouthError(f"{argument}: {values.dtype}. Pass real numbers.")
+    return values
+
+# %% ../nbs/06_metrics.ipynb #529146cc
 def _matrix(
     argument: str, # its name, for the message
     values: Any,   # (rows, columns) numbers
 ) -> Tensor:       # the same, floating point
-    values = torch.as_tensor(values)
+    values = _tensor(argument, values)
     if values.ndim != 2 or 0 in values.shape: raise VermouthError(f"{argument}: shape {tuple(values.shape)}. Pass a matrix with at least one row and one column.")
-    values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    if values.dtype not in (torch.float32, torch.float64): values = values.float() if values.is_floating_point() else values.double() # float32 ends to tell integers apart at 2**24
     if (bad := values.isnan().any(1).nonzero()).numel(): raise VermouthError(f"{argument}: NaN in row {bad[0].item()}. Clean the features before scoring.")
     return values
 
-# %% ../nbs/06_metrics.ipynb #b1c49aec
+# %% ../nbs/06_metrics.ipynb #58808dcf
 def _positive(argument: str, value: int) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1: raise VermouthError(f"{argument}={value!r}: not a count. Pass an integer from 1.")
-    return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer() and value >= 1: return int(value)
+    raise VermouthError(f"{argument}={value!r}: not a count. Pass an integer from 1.")
 
 # %% ../nbs/06_metrics.ipynb #0966f50d
 def ranked_hits(
@@ -150,7 +159,7 @@ def accuracy(
     if (out := labels[(labels < 0) | (labels >= scores.shape[1])]).numel(): raise VermouthError(f"labels: {out[0].item()} with {scores.shape[1]} classes. Pass 0 to {scores.shape[1] - 1}.")
     return (scores.argmax(1) == labels).double().mean().item()
 
-# %% ../nbs/06_metrics.ipynb #fcd9e6a0
+# %% ../nbs/06_metrics.ipynb #5f3b794f
 def confusion(
     pred: Any,               # labels of any shape, 0 to num_classes-1
     target: Any,             # the truth, of the same shape
@@ -158,7 +167,7 @@ def confusion(
     ignore_index: int = 255, # pixels of this truth are left out
 ) -> Tensor:                 # (K,K) int64: row = truth, column = prediction
     "Count pixels by truth and prediction; add up the matrices of many images."
-    pred, target = (torch.as_tensor(x) for x in (pred, target))
+    pred, target = _tensor("pred", pred), _tensor("target", target)
     if pred.shape != target.shape: raise VermouthError(f"pred: shape {tuple(pred.shape)}, target: {tuple(target.shape)}. Resize the prediction to the mask's size.")
     if pred.is_floating_point() or target.is_floating_point(): raise VermouthError("pred, target: floating point. Pass integer label maps.")
     keep = target != ignore_index

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STORE_DTYPES', 'WEIGHTS', 'FORMAT', 'MANIFEST', 'LOCK', 'SCHEMA', 'RECORD', 'OPEN_SHARDS', 'store_key',
-           'short_digest', 'bare_key', 'check_expected', 'keep', 'content_checksum', 'fits', 'read_manifest',
-           'shard_name', 'shard_error', 'check_length', 'check_digest', 'sole_writer', 'put_shard', 'finished',
-           'finish', 'FeatureStore', 'map_shard', 'StoredMaps']
+           'short_digest', 'bare_key', 'check_expected', 'keep', 'content_checksum', 'fits', 'agrees', 'read_manifest',
+           'shard_name', 'shard_error', 'check_length', 'check_digest', 'sole_writer', 'put_shard', 'read_note',
+           'finished', 'finish', 'FeatureStore', 'map_shard', 'StoredMaps']
 
 # %% ../nbs/07b_shards.ipynb #6e6fd73a
 import errno
@@ -123,7 +123,19 @@ def content_checksum(
 def fits(value: Any, schema: dict[str, type]) -> bool:
     return isinstance(value, dict) and set(value) == set(schema) and all(type(value[k]) is kind for k, kind in schema.items())
 
-# %% ../nbs/07b_shards.ipynb #fc80aa42
+# %% ../nbs/07b_shards.ipynb #eab897e7
+def agrees(
+    manifest: dict[str, Any], # whose entries have the right types
+) -> bool:
+    "Do the entries fit each other? A checksum says only that nobody changed them since."
+    ids, records = manifest["ids"], manifest["shards"]
+    aside = [(i, why) for r in records for i, why in r["set_aside"]]
+    told = all(len(r["prompts"]) == r["items"] and {type(p) for p in r["prompts"]} <= {str} for r in records)
+    counted = not manifest["checksum"] or sum(r["items"] for r in records) + len(aside) == len(ids)
+    return told and counted and manifest["key"]["dtype"] in STORE_DTYPES and all(0 <= i < len(ids) and isinstance(why, str) for i, why in aside) \
+        and all(isinstance(name, str) for name in ids) and all(n > 0 for shape in manifest["shapes"] for n in shape)
+
+# %% ../nbs/07b_shards.ipynb #5111ebce
 def read_manifest(
     out: Path,  # folder of a store
 ) -> dict[str, Any]:
@@ -136,8 +148,8 @@ def read_manifest(
     if isinstance(manifest, dict) and manifest.get("format") not in (None, FORMAT): raise VermouthError(f"out={str(out)!r}: format {manifest['format']}, this version reads {FORMAT}. Extract again.")
     if not fits(manifest, SCHEMA) or not all(fits(r, RECORD) for r in manifest["shards"]): raise broken
     if not all(isinstance(s, list) and [type(n) for n in s] == [int] * 3 for s in manifest["shapes"]): raise broken
-    try: right = not manifest["checksum"] or manifest["checksum"] == content_checksum(manifest)
-    except (AttributeError, IndexError, TypeError, ValueError) as e: raise broken from e
+    try: right = agrees(manifest) and (not manifest["checksum"] or manifest["checksum"] == content_checksum(manifest))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e: raise broken from e
     if not right: raise broken
     return manifest
 
@@ -168,7 +180,7 @@ def check_length(
     except OSError as e: raise shard_error(out, k, "is missing") from e
     if found != record["bytes"]: raise shard_error(out, k, f"has {found:,} bytes where {record['bytes']:,} were written")
 
-# %% ../nbs/07b_shards.ipynb #d13f7def
+# %% ../nbs/07b_shards.ipynb #db665b57
 def check_digest(
     out: Path,
     k: int,
@@ -176,7 +188,9 @@ def check_digest(
 ) -> None:
     "Read a whole shard and compare its digest."
     check_length(out, k, record)
-    with (out / shard_name(k)).open("rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    try:
+        with (out / shard_name(k)).open("rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e: raise shard_error(out, k, f"cannot be read ({e.strerror})") from e
     if digest != record["sha256"]: raise shard_error(out, k, "is not what was written (its sha256 differs)")
 
 # %% ../nbs/07b_shards.ipynb #7bed5f12
@@ -195,7 +209,7 @@ def sole_writer(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/07b_shards.ipynb #45a89d70
+# %% ../nbs/07b_shards.ipynb #dd0fde55
 def put_shard(
     out: Path,
     k: int,                # which shard
@@ -207,18 +221,28 @@ def put_shard(
     "Write a shard and, before it, the note that says what it must be."
     data = save({f"level{j}": level.contiguous() for j, level in enumerate(levels)}, {"vermouth": short_digest(bare_key(key))})
     record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "items": len(prompts), "set_aside": aside, "prompts": prompts}
-    keep(out / f"shard-{k:05d}.json", json.dumps(record).encode())
+    keep(out / f"shard-{k:05d}.json", json.dumps(record | {"seal": short_digest(record)}).encode())
     keep(out / shard_name(k), data)
 
-# %% ../nbs/07b_shards.ipynb #82cfaa3c
+# %% ../nbs/07b_shards.ipynb #fd1929d0
+def read_note(
+    out: Path,
+    k: int,
+) -> dict[str, Any] | None: # the record of a shard; None where there is no note, or a damaged one
+    "What was written beside a shard, until the manifest has it."
+    try:
+        record = json.loads((out / f"shard-{k:05d}.json").read_bytes())
+        return record if record.pop("seal") == short_digest(record) else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError): return None
+
+# %% ../nbs/07b_shards.ipynb #64454fa2
 def finished(
     out: Path,
     k: int,
     manifest: dict[str, Any],
 ) -> dict[str, Any] | None: # its record; None where the shard is still to be made
     "Is this shard there, in its full length?"
-    try: record = json.loads((out / f"shard-{k:05d}.json").read_bytes())
-    except (OSError, ValueError): record = manifest["shards"][k] if manifest["shards"] else None
+    record = read_note(out, k) or (manifest["shards"][k] if manifest["shards"] else None)
     try: return record if fits(record, RECORD) and check_length(out, k, record) is None else None
     except VermouthError: return None
 

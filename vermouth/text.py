@@ -7,7 +7,7 @@ __all__ = ['CLIPS', 'TEMPLATES', 'PROMPT_MODES', 'Captioner', 'load_captioner', 
            'text_embeddings', 'image_embeddings', 'class_prompts', 'class_embeddings', 'shuffled', 'guessed',
            'make_prompts']
 
-# %% ../nbs/03_text.ipynb #cead4528
+# %% ../nbs/03_text.ipynb #eb247b4c
 import json
 import os
 import warnings
@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
 from transformers.utils import logging as transformers_logging
 
-from .core import VermouthError, choose, flatten, image_tensor, pick_device
+from .batches import in_batches, parts_that_fit
+from .core import VermouthError, choose, flatten, image_tensor, is_text, pick_device
 
 # %% ../nbs/03_text.ipynb #bc8e5f5d
 def _pil(
@@ -47,11 +48,6 @@ def _as_list(
     images = [images] if single else images if hasattr(images, "__len__") else list(images)
     if not len(images): raise VermouthError("images: an empty list. Pass at least one image.")
     return images
-
-# %% ../nbs/03_text.ipynb #b9eaf389
-def _batches(images: Sequence, batch_size: int) -> Iterator[list[Image.Image]]:
-    if batch_size < 1: raise VermouthError(f"batch_size={batch_size}: a batch holds at least one. Pass 1 or more.")
-    for i in range(0, len(images), batch_size): yield [_pil(im) for im in images[i:i + batch_size]]
 
 # %% ../nbs/03_text.ipynb #638b6855
 def _weights(
@@ -83,7 +79,7 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../nbs/03_text.ipynb #73193d4f
+# %% ../nbs/03_text.ipynb #59289367
 class Captioner:
     "A frozen BLIP: images in, one sentence each out."
 
@@ -99,13 +95,13 @@ class Captioner:
         max_new_tokens: int = 30, # longest caption, in tokens
     ) -> list[str]:              # one caption per image
         "Caption images, in their order."
-        captions, room = [], self.model.config.text_config.max_position_embeddings - 1
-        for batch in _batches(_as_list(images), batch_size):
-            pixels = self.processor.image_processor(batch, return_tensors="pt").pixel_values
+        images, room = _as_list(images), self.model.config.text_config.max_position_embeddings - 1
+        def say(part):
+            pixels = self.processor.image_processor([_pil(im) for im in images[part]], return_tensors="pt").pixel_values
             tokens = self.model.generate(pixels.to(self.model.device, self.model.dtype), num_beams=num_beams, do_sample=False,
                                          max_new_tokens=min(max_new_tokens, room))
-            captions += self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [c.strip() for c in captions]
+            return [c.strip() for c in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        return [c for part in parts_that_fit(say, len(images), batch_size) for c in part]
 
 # %% ../nbs/03_text.ipynb #2fbe67b3
 def load_captioner(
@@ -194,7 +190,7 @@ def clip_for(
     if width in CLIPS: return CLIPS[width]
     raise VermouthError(f"backbone={str(backbone)!r}: no CLIP known for text width {width}. Known are {', '.join(map(str, CLIPS))}; name the CLIP yourself, as in load_clip('ViT-L-14/openai').")
 
-# %% ../nbs/03_text.ipynb #a53f8a75
+# %% ../nbs/03_text.ipynb #36aed80e
 @torch.inference_mode()
 def text_embeddings(
     texts: str | Sequence[str], # one text or N of them
@@ -204,17 +200,16 @@ def text_embeddings(
     "Texts as unit vectors; warns when a text is too long for CLIP and is cut."
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts: raise VermouthError("texts: an empty list. Pass at least one text.")
-    out = []
-    for batch in (texts[i:i + batch_size] for i in range(0, len(texts), batch_size)):
-        tokens = clip.tokenizer(batch)
-        # one place more: where the first T tokens then differ, end-of-text had to move forward
-        longer = clip.tokenizer(batch, context_length=tokens.shape[1] + 1)[:, :-1]
-        if cut := [text for text, same in zip(batch, (longer == tokens).all(1).tolist()) if not same]:
-            warnings.warn(f"texts: {len(cut)} longer than CLIP's {tokens.shape[1]} tokens, the end is cut. First: {cut[0][:60]!r}", stacklevel=2)
-        out.append(F.normalize(clip.model.encode_text(tokens.to(clip.device)).float(), dim=-1))
-    return torch.cat(out)
+    if odd := [t for t in texts if not is_text(t)]: raise VermouthError(f"texts: {odd[0]!r} is not text in UTF-8. Pass strings of whole letters.")
+    tokens = clip.tokenizer(texts)
+    # one place more: where the first T tokens then differ, end-of-text had to move forward
+    longer = clip.tokenizer(texts, context_length=tokens.shape[1] + 1)[:, :-1]
+    if cut := [text for text, same in zip(texts, (longer == tokens).all(1).tolist()) if not same]:
+        warnings.warn(f"texts: {len(cut)} longer than CLIP's {tokens.shape[1]} tokens, the end is cut. First: {cut[0][:60]!r}", stacklevel=2)
+    def read(part): return [F.normalize(clip.model.encode_text(tokens[part].to(clip.device)).float(), dim=-1)]
+    return in_batches(read, len(texts), batch_size, "texts")[0]
 
-# %% ../nbs/03_text.ipynb #13f596c6
+# %% ../nbs/03_text.ipynb #cd094f03
 @torch.inference_mode()
 def image_embeddings(
     images: Any,          # one image or many, of any sizes: paths, PIL images, uint8 arrays, tensors in [-1,1]
@@ -222,8 +217,9 @@ def image_embeddings(
     batch_size: int = 64, # images per forward pass
 ) -> Tensor:              # (N,D) float32 of length 1, on the CLIP's device
     "Images as unit vectors of CLIP's image tower, the baseline beside our features."
-    out = [clip.model.encode_image(torch.stack([clip.preprocess(im) for im in batch]).to(clip.device)) for batch in _batches(_as_list(images), batch_size)]
-    return F.normalize(torch.cat(out).float(), dim=-1)
+    images = _as_list(images)
+    def look(part): return [clip.model.encode_image(torch.stack([clip.preprocess(_pil(im)) for im in images[part]]).to(clip.device))]
+    return F.normalize(in_batches(look, len(images), batch_size)[0].float(), dim=-1)
 
 # %% ../nbs/03_text.ipynb #9ceceb4d
 TEMPLATES = ("a photo of {}",)

@@ -101,7 +101,7 @@ class AttentionPool(nn.Module):
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.q(x[:, :1]), self.k(x), self.v(x)))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
 
-# %% ../nbs/05_uhead.ipynb #438807f0
+# %% ../nbs/05_uhead.ipynb #e6291083
 def check_maps(
     features: Sequence[Tensor], # maps, lowest resolution first
     in_dims: Sequence[int],     # their channels
@@ -109,7 +109,7 @@ def check_maps(
     "Refuse maps that the head was not built for."
     if len(features) != len(in_dims): raise VermouthError(f"features: {len(features)} maps, the head takes {len(in_dims)}. Use the stages it was built for.")
     for i, (x, channels) in enumerate(zip(features, in_dims)):
-        if x.ndim != 4 or x.shape[1] != channels: raise VermouthError(f"features: map {i} has shape {tuple(x.shape)}, the head takes (B, {channels}, h, w). Use the stages and attention it was built for.")
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape: raise VermouthError(f"features: map {i} has shape {tuple(x.shape)}, the head takes (B, {channels}, h, w). Use the stages and attention it was built for.")
         if x.shape[0] != features[0].shape[0]: raise VermouthError(f"features: map {i} holds {x.shape[0]} images, map 0 {features[0].shape[0]}. Pass maps of one batch.")
         if i and x.shape[2] < features[i - 1].shape[2]: raise VermouthError(f"features: map {i} is smaller than map {i - 1}. Order them from the lowest resolution to the highest.")
 

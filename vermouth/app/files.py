@@ -55,7 +55,7 @@ def image_paths(
         paths += found
     return list(dict.fromkeys(paths))
 
-# %% ../../nbs/app/02a_files.ipynb #28d5515f
+# %% ../../nbs/app/02a_files.ipynb #0eb10c08
 def read_images(
     paths: Sequence[Path],
 ) -> tuple[list[tuple[Path, Image.Image]], list[tuple[str, str]]]: # what could be read; the others, and why not
@@ -74,6 +74,7 @@ def over_images(
     batch_size: int = 32, # images at a time
 ) -> tuple[list[tuple[Path, Any]], list[tuple[str, str]]]: # answers by path; what was set aside, and why
     "Answer for every image that can be read."
+    if batch_size < 1: raise VermouthError(f"batch_size={batch_size}: at least 1.")
     done, aside = [], []
     with tqdm(total=len(paths), desc=title, unit="image", disable=None) as bar:
         for i in range(0, len(paths), batch_size):

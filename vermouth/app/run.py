@@ -25,7 +25,7 @@ from papermill.iorw import load_notebook_node
 
 from ..core import ROW, VermouthError, choose, write_whole
 
-# %% ../../nbs/app/02_run.ipynb #bbc8e6fe
+# %% ../../nbs/app/02_run.ipynb #eb4859a1
 WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 
 
@@ -39,9 +39,9 @@ def parse_value(
         except ValueError: pass
     if not text.startswith(("[", "{")): return text
     try: return yaml.safe_load(text)
-    except yaml.YAMLError as e: raise VermouthError(f"value={text!r}: starts like a list or a mapping, but is none. Write it as in '[200, 400]', in quotes.") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise VermouthError(f"value={text!r}: starts like a list or a mapping, but is none. Write it as in '[200, 400]', in quotes.") from e
 
-# %% ../../nbs/app/02_run.ipynb #f5e464b4
+# %% ../../nbs/app/02_run.ipynb #8e65f130
 def read_parameters(
     pairs: Iterable[tuple[str, str]] = (), # names and values as typed
     file: str | Path | None = None,        # a YAML file of names and values
@@ -51,7 +51,7 @@ def read_parameters(
     if file is not None:
         try: given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
         except OSError as e: raise VermouthError(f"file={str(file)!r}: cannot be read ({e.strerror}). Give a YAML file with a line 'name: value' for each parameter.") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise VermouthError(f"file={str(file)!r}: not YAML ({str(e).splitlines()[0]}). Write a line 'name: value' for each parameter.") from e
+        except (yaml.YAMLError, ValueError, RecursionError) as e: raise VermouthError(f"file={str(file)!r}: not YAML ({str(e).splitlines()[0]}). Write a line 'name: value' for each parameter.") from e
         if not isinstance(given, dict): raise VermouthError(f"file={str(file)!r}: holds a {type(given).__name__}. Write a line 'name: value' for each parameter.")
     return given | {name: parse_value(value) for name, value in pairs}
 
@@ -114,17 +114,17 @@ def check_parameters(
         if not known: raise VermouthError(f"parameter={name!r}: {Path(page).name} has no cell tagged parameters, so it takes none. Leave it out, or tag the cell.")
         choose("parameter", name, known)
 
-# %% ../../nbs/app/02_run.ipynb #1f7161ef
+# %% ../../nbs/app/02_run.ipynb #35cc3059
 def fingerprint(
     page: str | Path,           # a notebook
     parameters: dict[str, Any], # what it is given
 ) -> str:                       # 16 hex digits
-    "What decides a page's outcome: its code, its parameters, the library (all but the rooms that only run it)."
+    "What decides a page's outcome: its code, its parameters, the library (of its `app` what the page imports), and the tables of others where it reads them."
     code = [c.source for c in load_notebook_node(str(page)).cells if c.cell_type == "code"]
-    digest = hashlib.sha256(json.dumps([code, parameters], sort_keys=True, default=str).encode())
-    library = Path(find_spec("vermouth").origin).parent
-    for module in sorted(library.rglob("*.py")):
-        if module.parent.name != "app": digest.update(module.read_bytes())
+    text, digest = "\n".join(code), hashlib.sha256(json.dumps([code, parameters], sort_keys=True, default=str).encode())
+    modules = sorted(Path(find_spec("vermouth").origin).parent.rglob("*.py"))
+    tables = sorted(Path(parameters.get("out_dir", ".")).glob("*.csv")) if "import measured" in text else []
+    for file in [*(m for m in modules if m.parent.name != "app" or f"vermouth.app.{m.stem} " in text), *tables]: digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/app/02_run.ipynb #15d39bc1
