@@ -1,11 +1,17 @@
 "What the tests share."
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNTS = Counter()  # what the tests of abuse have tried; printed at the end
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS: terminalreporter.write_line("; ".join(f"{n:,} {what}" for what, n in sorted(COUNTS.items())))
 
 
 @pytest.fixture(scope="session")

@@ -119,10 +119,6 @@ def test_extract_a_folder_and_verify_it(photos, tmp_path):
     assert checksum.returncode == 0 and len(checksum.stdout.strip()) == 64 and checksum.stdout.strip() in made.stdout
     again = shell("extract", photos, "--out", tmp_path / "store", *FEW, "--json")
     assert (again.exit_code, json.loads(again.stdout)["checksum"]) == (1, checksum.stdout.strip())
-    shard = next((tmp_path / "store").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    damaged = shell("verify", tmp_path / "store")
-    assert (damaged.exit_code, damaged.stdout, damaged.stderr.count("\n")) == (2, "", 1) and shard.name in damaged.stderr
 
 
 def test_extract_takes_patterns_and_a_list(photos, tmp_path):
@@ -133,7 +129,6 @@ def test_extract_takes_patterns_and_a_list(photos, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["nowhere"], "no such file"),
     ([".", "-p", "stage", "mid"], "Did you mean 'stages'?"),
-    ([".", "-p", "timesteps", "1000"], "timesteps"),
     ([".", "--model", "toybx"], "unknown"),
     (["1", "--size", "63"], "multiples"),
 ])

@@ -6,16 +6,15 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import COUNTS
+from odd_files import BAD, GOOD, Grey, damaged
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,20 +28,6 @@ from vermouth.data.toybox import Toybox
 from vermouth.model import Vermouth
 
 DATA = os.environ.get("VERMOUTH_DATA")
-
-
-class Grey:
-    "Sees 64 grey pixels; needs no thread, so that a forked process can use it."
-    name, fingerprint = "grey", "0123456789abcdef"
-
-    def __init__(self): self.seen = 0
-
-    def embed(self, images):
-        images = images if isinstance(images, list) else [images]
-        self.seen += len(images)
-        x = np.stack([np.asarray(im.convert("L").resize((8, 8)), dtype=np.float32).ravel() for im in images])
-        x = x - x.mean(1, keepdims=True) + 0.1
-        return torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
 @pytest.fixture(scope="module")
@@ -64,42 +49,6 @@ def build(folder, out, model=None, **more): return build_index(folder, out, mode
 # What is in the folder
 
 
-def bomb(path):
-    "A PNG of 400 million pixels in a hundred bytes."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 60_001)) + chunk(b"IEND", b""))
-
-
-BAD = {
-    "truncated.png": (lambda p, im: (im.save(p), p.write_bytes(p.read_bytes()[:2000])), "truncated"),
-    "truncated.jpg": (lambda p, im: (im.save(p), p.write_bytes(p.read_bytes()[:700])), "truncated"),
-    "empty.png": (lambda p, im: p.touch(), "not an image"),
-    "text.jpg": (lambda p, im: p.write_text("a picture of a cat"), "not an image"),
-    "bomb.png": (lambda p, im: bomb(p), "20000×20000 pixels, more than 100,000,000"),
-    "pipe.png": (lambda p, im: os.mkfifo(p), "neither a file nor a folder"),
-    "dangling.png": (lambda p, im: p.symlink_to("nothing"), "leads nowhere"),
-    "circle.png": (lambda p, im: p.symlink_to("circle.png"), "leads nowhere"),
-    "out.png": (lambda p, im: p.symlink_to("/etc/hostname"), "leads out of the folder"),
-    "outside": (lambda p, im: p.symlink_to("/etc"), "leads out of the folder"),
-}
-GOOD = {
-    "cmyk.jpg": lambda p, im: im.convert("CMYK").save(p),
-    "grey.png": lambda p, im: im.convert("L").save(p),
-    "deep.png": lambda p, im: Image.fromarray(np.asarray(im.convert("L"), dtype=np.uint16) * 257).save(p),
-    "palette.png": lambda p, im: im.convert("RGBA").quantize(16).save(p, transparency=0),
-    "alpha.webp": lambda p, im: im.convert("RGBA").save(p),
-    "animated.gif": lambda p, im: im.save(p, save_all=True, append_images=[im.rotate(90)]),
-    "really a jpeg.png": lambda p, im: im.save(p, "JPEG"),
-    "LOUD.JPG": lambda p, im: im.save(p, "JPEG"),
-    "one.png": lambda p, im: im.resize((1, 1)).save(p),
-    "thin.png": lambda p, im: im.resize((1, 5000)).save(p),
-    "ünï ćødé 画像.png": lambda p, im: im.save(p),
-    "new\nline.png": lambda p, im: im.save(p),
-    "<b>'\"&.png": lambda p, im: im.save(p),
-    os.fsdecode(b"caf\xe9.png"): lambda p, im: im.save(p, "PNG"),
-}
-
-
 def test_bad_files_are_set_aside_with_a_reason_and_odd_ones_are_read(tmp_path, world):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -115,7 +64,7 @@ def test_bad_files_are_set_aside_with_a_reason_and_odd_ones_are_read(tmp_path, w
     assert not {name: reasons[name] for name, (_, why) in BAD.items() if why not in reasons[name]}
     page = hits_page([hit for hit in index.nearest(Grey().embed([world[1]]).numpy(), 100)], tmp_path / "hits.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") == len(GOOD) and "<b>'" not in page and "caf?.png" in page
-    print(f"{len(BAD)} kinds of bad files set aside, {len(GOOD)} kinds of odd ones read")
+    COUNTS["inputs tried"] += len(BAD) + len(GOOD)
 
 
 def test_a_photo_that_was_taken_sideways_is_upright(tmp_path, world):
@@ -261,6 +210,7 @@ def test_kill_9_twenty_times(photos, tmp_path):
         finished += 1
     index = build(photos, out, batch_size=2)
     assert early >= 10 and index.checksum() == whole.checksum() and used(index.manifest) == used(whole.manifest), "the same to the last byte"
+    COUNTS["kills survived"] += kills
     print(f"{kills} kills survived, {early} of them before the index was there; {finished + 1} indexes finished, all the same")
 
 
@@ -302,7 +252,7 @@ def test_damaged_batches_are_made_again(photos, tmp_path):
         path.write_bytes(damaged(path.read_bytes(), dice))
         index = build(photos, tmp_path / "idx", batch_size=4)
         assert index.checksum() == whole.checksum() and used(index.manifest) == used(whole.manifest) and index.changes["looked_at"] == 16
-    print(f"{cases} damaged batches")
+    COUNTS["fuzz cases"] += cases
 
 
 def test_a_full_disk_loses_nothing(photos, tmp_path, monkeypatch):
@@ -331,31 +281,6 @@ def test_two_writers_and_other_models_and_other_folders_are_refused(photos, tmp_
 
 
 # Nothing in an index is trusted
-
-
-def damaged(data, dice):
-    "One byte flipped, some cut off, some put in, or some set to nothing."
-    at = dice.randrange(len(data))
-    return dice.choice([data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1:], data[:at], data[:at] + dice.randbytes(3) + data[at:], data[:at] + bytes(len(data[at:at + 9])) + data[at + 9:]])
-
-
-def test_every_damage_is_found(photos, tmp_path):
-    index, dice, cases, harmless = build(photos, tmp_path / "idx", exact=10), random.Random(2), 1000, 0
-    files = [index.out / name for name in (MANIFEST, *used(index.manifest))]
-    good = {path: path.read_bytes() for path in files}
-    assert len(files) == 3, "manifest, vectors and cells"
-    for i in range(cases):
-        path = files[i % 3]
-        if (worse := damaged(good[path], dice)) == good[path]: continue
-        path.write_bytes(worse)
-        try:
-            same = Index(index.out).manifest == index.manifest and path.name == MANIFEST
-            assert same, f"{path.name} was changed and nobody noticed"
-            harmless += 1  # a byte that JSON does not care for
-        except VermouthError as e: assert path.name in str(e) and str(e).count("\n") == 0
-        path.write_bytes(good[path])
-    assert harmless < 20 and Index(index.out).checksum() == index.checksum()
-    print(f"{cases} damaged files, {harmless} of them the same to JSON, all others refused by name")
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "0/../../secret.png", "link/hostname", "a\0b", ""])
@@ -492,12 +417,3 @@ def test_search_from_a_shell(indexed):
 def test_what_is_refused_from_a_shell(indexed, words, says):
     refused = shell(indexed[0], *words)
     assert refused.exit_code == 2 and says in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
-
-
-
-def test_an_index_of_another_model_is_refused_from_a_shell(indexed, tmp_path):
-    place, _ = indexed
-    Vermouth.build(captioner=None, expert=None, prompt="empty", seed=1).save(tmp_path / "model")
-    refused = fresh(tmp_path, "search", str(place / "idx"), "a cat")
-    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    assert "its weights or settings" in refused.stderr and "are not those that made the index" in refused.stderr

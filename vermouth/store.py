@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OURS', 'Job', 'rounded', 'look', 'good_ones', 'maps_of', 'read_shard', 'write_shard', 'check_folder', 'stamp',
-           'check_items', 'first_shapes', 'check_disk', 'begin', 'make', 'extract']
+           'check_items', 'first_shapes', 'check_begun', 'check_disk', 'begin', 'make', 'extract']
 
-# %% ../nbs/07_store.ipynb #98f6fc09
+# %% ../nbs/07_store.ipynb #49538bac
 import hashlib
 import json
 import os
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, FeatureSettings, check_size, prompt_list
+from .batches import in_batches
 from .core import VermouthError, image_tensor, read_image
 from .items import image_of, item_ids
 from .shards import (FORMAT, MANIFEST, STORE_DTYPES, FeatureStore, check_expected, finish, finished, keep, put_shard,
@@ -94,7 +95,7 @@ def good_ones(
         else: good.append(i); images.append(image); tensors.append(x)
     return good, images, tensors, aside
 
-# %% ../nbs/07_store.ipynb #1d434926
+# %% ../nbs/07_store.ipynb #be159c44
 def maps_of(
     job: Job,
     images: Tensor,       # (B,3,H,W)
@@ -102,7 +103,8 @@ def maps_of(
 ) -> list[Tensor]:        # (B,C,h,w) each, on the CPU: the backbone's maps, then the expert's
     "What `Vermouth.read` gives, rounded."
     maps = job.backbone.features(images, prompts, batch_size=job.batch_size, **vars(job.settings))
-    return [rounded(m, job.dtype) for m in [*maps, *(job.expert(images) if job.expert else ())]]
+    beside = in_batches(lambda part: job.expert(images[part]), len(images), job.batch_size) if job.expert else ()
+    return [rounded(m, job.dtype) for m in [*maps, *beside]]
 
 # %% ../nbs/07_store.ipynb #3ca2ebaa
 def read_shard(
@@ -186,6 +188,14 @@ def first_shapes(
         reason = reason or aside[0][1]
     raise VermouthError(f"items: none of {len(job.items)} can be used. The first: {reason}")
 
+# %% ../nbs/07_store.ipynb #1222d6e3
+def check_begun(
+    job: Job,
+    manifest: dict[str, Any], # of an unfinished store
+) -> None:
+    "Its checksum comes last, so nothing seals it yet: what it says of sizes is compared with the first image again."
+    if first_shapes(job) != (manifest["image"], manifest["shapes"]): raise VermouthError(f"out={str(job.out)!r}: its {MANIFEST} is damaged. Delete the folder and extract again.")
+
 # %% ../nbs/07_store.ipynb #a7a39f6c
 def check_disk(
     job: Job,
@@ -199,7 +209,7 @@ def check_disk(
     if need > free: raise VermouthError(f"out={str(job.out)!r}: {items:,} items take {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. Free some space, give another disk, or ask for fewer stages.")
     if not quiet and items: print(f"{items:,} items take {need / 1e9:.3g} GB; {free / 1e9:.3g} GB are free.")
 
-# %% ../nbs/07_store.ipynb #0d234506
+# %% ../nbs/07_store.ipynb #e5b6a005
 def begin(
     job: Job,
     key: dict[str, Any], # from `store_key`
@@ -212,6 +222,7 @@ def begin(
         manifest = read_manifest(job.out)
         check_expected(job.out, manifest["key"], key)
         check_items(job.out, manifest, job.ids, stamps)
+        if not manifest["checksum"]: check_begun(job, manifest)
     else:
         sides, shapes = first_shapes(job)
         manifest = {"format": FORMAT, "key": key, "image": sides, "shapes": shapes, "ids": job.ids, "stamps": stamps, "shards": [], "checksum": ""}
