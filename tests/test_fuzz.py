@@ -24,6 +24,7 @@ from vermouth.app.photos import inside
 from vermouth.app.run import parse_value
 from vermouth.backbone import FeatureSettings, prompt_list
 from vermouth.core import FORMATS, MAX_PIXELS, VermouthError, flatten, image_batch, image_tensor, is_text, read_image, resize
+from vermouth.data.segmentation import read_numbers
 from vermouth.data.toybox import Toybox
 from vermouth.metrics import accuracy, confusion, mean_average_precision, mean_iou, precision_at_k, retrieval_metrics
 from vermouth.saved import read_card, read_weights, write_model
@@ -103,6 +104,7 @@ def picture_files():
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 def test_damaged_pictures(tmp_path):
     dice, path, cases = random.Random(0), tmp_path / "photo.png", 250
     assert len(picture_files()) >= 7
@@ -110,6 +112,8 @@ def test_damaged_pictures(tmp_path):
         path.write_bytes(damaged(damaged(picture_files()[i % len(picture_files())], dice), dice) if i % 5 else dice.randbytes(200))
         found = attempt(read_image, path)
         assert found is REFUSED or found.mode == "RGB" and found.width * found.height <= MAX_PIXELS
+        numbers = attempt(read_numbers, path)
+        assert numbers is REFUSED or numbers.dtype == np.int32 and numbers.ndim == 2
     COUNTS["fuzz cases"] += cases
 
 

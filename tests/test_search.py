@@ -75,17 +75,6 @@ def test_a_photo_that_was_taken_sideways_is_upright(tmp_path, world):
     assert build(folder, tmp_path / "idx").nearest(Grey().embed([world[0]]).numpy(), 1)[0].score > 0.999
 
 
-def test_no_permission(photos, tmp_path, monkeypatch):
-    "As root, everything may be read: the refusal is played."
-    first = photos / "0/00.png"
-    def closed(path, real=indexing.digest):
-        if path == first.resolve(): raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path)
-    monkeypatch.setattr(indexing, "digest", closed)
-    index = build(photos, tmp_path / "idx")
-    assert (len(index), index.set_aside) == (23, [("0/00.png", "cannot be opened (Permission denied)")])
-
-
 def test_ten_thousand_photos_in_one_folder(tmp_path, world):
     "All of them twins: one look is enough."
     folder, model = tmp_path / "photos", Grey()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_PIXELS', 'FORMATS', 'ROW', 'VermouthError', 'choose', 'pick_device', 'pick_dtype', 'seed_everything',
-           'in_test', 'is_text', 'read_image', 'levelled', 'flatten', 'image_tensor', 'check_image', 'sides', 'resize',
-           'image_batch', 'resized', 'fingerprint', 'write_whole', 'provenance', 'append_rows', 'picture']
+           'in_test', 'is_text', 'open_image', 'read_image', 'levelled', 'flatten', 'image_tensor', 'check_image',
+           'sides', 'resize', 'image_batch', 'resized', 'fingerprint', 'write_whole', 'provenance', 'append_rows',
+           'picture']
 
 # %% ../nbs/00_core.ipynb #c0be6089
 import csv
@@ -98,14 +99,24 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "J
 Image.init()                   # registers them
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bomb warning would come first and without a remedy
 
-# %% ../nbs/00_core.ipynb #07ed0ad1
+# %% ../nbs/00_core.ipynb #2110fc33
+def open_image(
+    path: str | Path, # a file of one of `FORMATS`, whatever its name
+) -> Image.Image:     # to be closed; not decoded yet
+    "An image of which only the header was read. Raises whatever Pillow does, and a `VermouthError` for one that is too large."
+    im = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    if im.width * im.height <= MAX_PIXELS: return im
+    im.close()
+    raise VermouthError(f"images: {im.width}×{im.height} pixels, more than {MAX_PIXELS:,}. Shrink it first.")
+
+# %% ../nbs/00_core.ipynb #74dce23e
 def read_image(
-    path: str | Path,  # a file of one of `FORMATS`, whatever its name; of an animation, the first frame
+    path: str | Path,  # as for `open_image`; of an animation, the first frame
     mode: str = "RGB", # Pillow mode of the result
 ) -> Image.Image:
     "One upright image; a `VermouthError` says what is wrong with a file that has none."
     try:
-        with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as im: return flatten(im, mode)
+        with open_image(path) as im: return flatten(im, mode)
     except FileNotFoundError as e: raise VermouthError(f"image={str(path)!r}: no such file. Check the path.") from e
     except UnidentifiedImageError as e: raise VermouthError(f"image={str(path)!r}: not an image Pillow can read. Convert it to PNG or JPEG.") from e
     except VermouthError as e: raise VermouthError(f"image={str(path)!r}: {str(e).removeprefix('images: ')}") from e

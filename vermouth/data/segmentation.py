@@ -7,7 +7,7 @@ __all__ = ['NAMED', 'NEVER_USED', 'COCO_NUMBERS', 'LAYOUTS', 'DATASETS', 'UNSEEN
            'class_names', 'Coding', 'decode', 'read_numbers', 'MaskItem', 'pair', 'readable', 'Form', 'Layout',
            'few_of_many', 'read_names', 'MaskSplit', 'few_masks', 'load_segmentation', 'show_masks']
 
-# %% ../../nbs/data/04_segmentation.ipynb #7429b300
+# %% ../../nbs/data/04_segmentation.ipynb #90438dd1
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import VermouthError, choose, read_image
+from ..core import VermouthError, choose, open_image, read_image
 from .item import SUFFIXES, check_counts, check_files
 
 # %% ../../nbs/data/04_segmentation.ipynb #edd7520e
@@ -73,7 +73,7 @@ def decode(
         raise VermouthError(f"mask={name!r}: number {number} is none of the {len(coding.numbers)} classes (their numbers go from {min(coding.numbers)} to {max(coding.numbers)}). Correct the mask, or name the data set that it belongs to.")
     return labels.astype(np.uint8 if coding.ignore_index == 255 else np.int32)
 
-# %% ../../nbs/data/04_segmentation.ipynb #c6ac6af4
+# %% ../../nbs/data/04_segmentation.ipynb #aaa771f1
 def read_numbers(
     path: Path,    # PNG, TIFF or another image of one channel; or .mat with a LabelMap
 ) -> np.ndarray:   # (H,W) int32
@@ -82,12 +82,12 @@ def read_numbers(
         if path.suffix == ".mat":
             from scipy.io import loadmat  # for this one data set
             return np.asarray(loadmat(path)["LabelMap"], np.int32)
-        with Image.open(path) as im:
+        with open_image(path) as im:
             if im.mode not in ("1", "L", "P", "I") and not im.mode.startswith("I;16"): raise VermouthError(f"mask={str(path)!r}: a picture in {im.mode}. Save one class number per pixel, in one channel.")
             return np.asarray(im).astype(np.int32)
-    except VermouthError: raise
+    except VermouthError as e: raise VermouthError(str(e).replace("images: ", f"mask={str(path)!r}: ", 1)) from e
     except FileNotFoundError as e: raise VermouthError(f"mask={str(path)!r}: no such file. Add the mask, or leave its image out.") from e
-    except (OSError, SyntaxError, ValueError, KeyError, NotImplementedError) as e: raise VermouthError(f"mask={str(path)!r}: cannot be read ({e}). Replace the file or leave its image out.") from e
+    except Exception as e: raise VermouthError(f"mask={str(path)!r}: cannot be read ({e}). Replace the file or leave its image out.") from e
 
 # %% ../../nbs/data/04_segmentation.ipynb #b12a9620
 @dataclass(frozen=True)
