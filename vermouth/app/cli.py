@@ -7,10 +7,11 @@ __all__ = ['app', 'Json', 'BLIP', 'Images', 'Model', 'Trained', 'Device', 'Dtype
            'show_version', 'program', 'show_json', 'Pairs', 'split_pair', 'say', 'run', 'extract', 'verify', 'index',
            'search', 'end', 'classify', 'save_mask', 'segment', 'hub_cache', 'about', 'info']
 
-# %% ../../nbs/app/03_cli.ipynb #6b34dfbf
+# %% ../../nbs/app/03_cli.ipynb #2591bc84
 import json
 import os
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,17 +19,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-# %% ../../nbs/app/03_cli.ipynb #ae5482a7
+# %% ../../nbs/app/03_cli.ipynb #68742b68
 class Refusing(TyperGroup):
     "Commands whose `VermouthError` becomes a sentence and exit code 2."
 
     def invoke(self, ctx: Any) -> Any:
+        shown, warnings.formatwarning = warnings.formatwarning, lambda message, *where, **more: f"{message}\n"  # a sentence, too
         try: return super().invoke(ctx)
         except ValueError as error:
             from vermouth.core import VermouthError  # loaded already if it was raised
             if not isinstance(error, VermouthError): raise
             typer.echo(error, err=True)
             raise typer.Exit(2) from None
+        finally: warnings.formatwarning = shown
 
 # %% ../../nbs/app/03_cli.ipynb #91db08d0
 app = typer.Typer(cls=Refusing, no_args_is_help=True, pretty_exceptions_enable=False)
