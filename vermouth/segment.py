@@ -6,7 +6,7 @@
 __all__ = ['synonyms', 'class_words', 'label_embeddings', 'add_dense', 'dense_head', 'starts', 'blended', 'label_map', 'separate',
            'cut', 'pixel_vectors', 'segment_images', 'palette', 'tinted', 'overlay']
 
-# %% ../nbs/08b_segment.ipynb #d428ee3c
+# %% ../nbs/08b_segment.ipynb #e0bd4f3c
 import colorsys
 import os
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .backbone import prompt_list
+from .batches import in_batches
 from .core import VermouthError, image_tensor, picture, resize
 from .dense import DenseHead, grown, pixel_logits
 from .look import OKABE_ITO
@@ -159,7 +160,7 @@ def cut(
     places = [(top, left) for top in starts(canvas[0], side, overlap) for left in starts(canvas[1], side, overlap)]
     return torch.stack([large[:, top:top + side, left:left + side] for top, left in places]), places, (side, side), canvas
 
-# %% ../nbs/08b_segment.ipynb #9301e5be
+# %% ../nbs/08b_segment.ipynb #ecfb946b
 def pixel_vectors(
     model: Any,             # a Vermouth model with a segmentation head
     images: Tensor,         # (B,3,h,w) in [-1,1], of the model's size
@@ -167,8 +168,8 @@ def pixel_vectors(
     batch_size: int = 16,   # images in one pass
 ) -> Tensor:                # (B,D,h',w')
     "The frozen half and the segmentation head."
-    parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
-    return torch.cat([dense_head(model)(model.joined(model.read(images[s], prompts[s], batch_size))) for s in parts])
+    def look(part): return [dense_head(model)(model.joined(model.read(images[part], prompts[part], batch_size)))]
+    return in_batches(look, len(images), batch_size)[0]
 
 # %% ../nbs/08b_segment.ipynb #fc2361c7
 @torch.inference_mode()
