@@ -3,6 +3,7 @@ Whatever comes, there is a right result or a `VermouthError`; nothing else is ra
 import json
 import os
 import random
+import tempfile
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -234,6 +235,8 @@ def test_large_whole_numbers_are_told_apart():
 
 # Paths
 
+KEPT = tempfile.TemporaryDirectory()  # goes with the process
+
 
 @often(100, path=st.lists(st.sampled_from(["..", ".", "a", "link", "/", "//", "~", "\0", "a.png"]) | st.text(max_size=4), max_size=5).map("/".join))
 def test_no_path_leads_out_of_its_folder(path):
@@ -244,8 +247,7 @@ def test_no_path_leads_out_of_its_folder(path):
 @cache
 def outer():
     "A folder of photos with a link that leads out of it."
-    import tempfile
-    place = Path(tempfile.mkdtemp()).resolve()
+    place = Path(KEPT.name).resolve()
     (place / "photos").mkdir()
     (place / "photos/link").symlink_to(place)
     return place
