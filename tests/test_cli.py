@@ -4,14 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from typer.testing import CliRunner
+
+from vermouth.shards import FeatureStore
 
 PROGRAM = Path(sys.executable).with_name("vermouth")
 QUIET = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -119,6 +123,18 @@ def test_extract_a_folder_and_verify_it(photos, tmp_path):
     assert checksum.returncode == 0 and len(checksum.stdout.strip()) == 64 and checksum.stdout.strip() in made.stdout
     again = shell("extract", photos, "--out", tmp_path / "store", *FEW, "--json")
     assert (again.exit_code, json.loads(again.stdout)["checksum"]) == (1, checksum.stdout.strip())
+
+
+def test_extract_reads_shards_of_a_webdataset(photos, tmp_path):
+    names = sorted(photos.glob("0/[!b.]*.png"))
+    for k in (0, 1):
+        with tarfile.open(tmp_path / f"{k}.tar", "w") as shard:
+            for name in names[k::2]: shard.add(name, f"{name.stem}.png"); shard.add(__file__, f"{name.stem}.txt")
+    said = json.loads(shell("extract", tmp_path / "*.tar", "--out", tmp_path / "packed", "--captioner", "none", "--json", *FEW).stdout)
+    shell("extract", *names[0::2], *names[1::2], "--out", tmp_path / "files", "--captioner", "none", "--json", *FEW)
+    packed, files = (FeatureStore(tmp_path / name) for name in ("packed", "files"))
+    assert said["items"] == len(names) > 1 and packed.ids[0] == f"0.tar/{names[0].stem}.png"
+    for a, b in zip(packed.batch(range(len(packed))), files.batch(range(len(files))), strict=True): assert torch.equal(a, b)
 
 
 def test_extract_takes_patterns_and_a_list(photos, tmp_path):
