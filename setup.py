@@ -34,7 +34,7 @@ setup(
     package_data={"vermouth": ["toybox/**/*", "**/*.json", "**/*.csv", "**/*.txt"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "web": cfg["web_requirements"].split()},
     entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": [f"vermouth={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

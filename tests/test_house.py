@@ -159,7 +159,7 @@ def distribution(requirement): return re.match(r"[\w.-]+", requirement)[0].lower
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    declared = {distribution(r) for r in settings()["requirements"].split()}
+    declared = {distribution(r) for kind in ("requirements", "web_requirements") for r in settings()[kind].split()}
     providers = {top: {distribution(d) for d in dists} for top, dists in packages_distributions().items()}
     tops = {i.split(".")[0]: m for m in MODULES for i in imports(m)}
     tops = {top: m for top, m in tops.items() if top not in sys.stdlib_module_names and top != "vermouth"}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'BLIP', 'Images', 'Model', 'Trained', 'Device', 'Dtype', 'Names', 'PACKAGES', 'HUB', 'Refusing',
            'show_version', 'program', 'show_json', 'Pairs', 'split_pair', 'say', 'run', 'extract', 'verify', 'index',
-           'search', 'end', 'classify', 'save_mask', 'segment', 'hub_cache', 'about', 'info']
+           'search', 'end', 'classify', 'save_mask', 'segment', 'web', 'hub_cache', 'about', 'info']
 
 # %% ../../nbs/app/03_cli.ipynb #2591bc84
 import json
@@ -271,6 +271,23 @@ def segment(image: Annotated[Path, typer.Argument(help="An image file.")], names
     if as_json: show_json({"image": str(image), "mask": str(out), "share": share})
     else:
         for name, part in share.items(): typer.echo(f"{name}\t{part:.1%}")
+
+# %% ../../nbs/app/03_cli.ipynb #0ec1cbb0
+@app.command()
+def web(
+    index: Annotated[Path, typer.Argument(help="A folder that index has written.")],
+    model: Trained = "toybox",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    device: Device = "",
+    dtype: Dtype = "float32",
+) -> None:
+    "Show a page on this machine: draw and photos come, classify, segment, look inside. Ctrl-C ends it."
+    from vermouth.app.web import need_gradio, serve
+    need_gradio()
+    from vermouth.app.search import Index
+    from vermouth.model import Vermouth
+    serve(Index(index), lambda: Vermouth.load(model, device or None, dtype), host, port, typer.echo)
 
 # %% ../../nbs/app/03_cli.ipynb #4ca30f6d
 PACKAGES = ("vermouth", "torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "fastai", "papermill")
