@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'BLIP', 'Images', 'Model', 'Trained', 'Device', 'Dtype', 'Names', 'PACKAGES', 'HUB', 'Refusing',
            'show_version', 'program', 'show_json', 'Pairs', 'split_pair', 'say', 'run', 'extract', 'verify', 'index',
-           'search', 'end', 'classify', 'save_mask', 'segment', 'web', 'hub_cache', 'about', 'info']
+           'search', 'end', 'classify', 'save_mask', 'segment', 'web', 'hub_cache', 'about', 'info', 'bench']
 
 # %% ../../nbs/app/03_cli.ipynb #2591bc84
 import json
@@ -121,7 +121,7 @@ Trained = Annotated[str, typer.Option("--model", help="'toybox', or a folder tha
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps. Default: the best there is.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16, float16.")]
 
-# %% ../../nbs/app/03_cli.ipynb #e9467e6b
+# %% ../../nbs/app/03_cli.ipynb #5fc82d22
 @app.command(cls=Pairs)
 def extract(
     images: Images,
@@ -136,26 +136,26 @@ def extract(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    "Compute the features of images once and keep them on disk; several processes of a launcher (torchrun, accelerate launch) share the work."
+    "Compute the features of images, also of tar files of them (webdataset), once and keep them on disk; several processes of a launcher (torchrun, accelerate launch) share the work."
     from contextlib import redirect_stdout
     from vermouth import store
-    from vermouth.app.files import image_paths
+    from vermouth.app.files import image_paths, unpacked
     from vermouth.app.run import read_parameters
     from vermouth.backbone import FeatureSettings, load_backbone
     from vermouth.core import choose
     from vermouth.expert import load_expert
     from vermouth.team import team
     from vermouth.text import load_captioner
-    paths, settings = [str(p) for p in image_paths(images, sys.stdin)], read_parameters(map(split_pair, parameter))
+    items, settings = unpacked(image_paths(images, sys.stdin)), read_parameters(map(split_pair, parameter))
     for name in settings: choose("parameter", name, vars(FeatureSettings()))
     backbone = load_backbone(model, device or None, dtype)
     blip = None if captioner == "none" else load_captioner(captioner or ("toybox" if model == "toybox" else BLIP), backbone.device)
     beside = load_expert(expert, device=backbone.device) if expert else None
     if size is None: size = min(256, backbone.unet.config.sample_size * backbone.factor)
-    with redirect_stdout(sys.stderr): made = store.extract(backbone, paths, out, None, blip, beside, size, batch_size, quiet=as_json, **settings)
+    with redirect_stdout(sys.stderr): made = store.extract(backbone, items, out, None, blip, beside, size, batch_size, quiet=as_json, **settings)
     if team()[0]: return  # under a launcher the first process speaks for all
     if as_json: show_json({"store": str(out), "items": len(made), "bytes": made.nbytes, "checksum": made.manifest["checksum"], "set_aside": made.set_aside})
-    else: typer.echo(f"{len(made)} of {len(paths)} images are in {out}: {made.nbytes / 1e6:.1f} MB, checksum {made.manifest['checksum']}")
+    else: typer.echo(f"{len(made)} of {len(items)} images are in {out}: {made.nbytes / 1e6:.1f} MB, checksum {made.manifest['checksum']}")
     if made.set_aside: raise typer.Exit(1)
 
 # %% ../../nbs/app/03_cli.ipynb #851467b9
@@ -338,6 +338,27 @@ def info(as_json: Json = False) -> None:
     for part, size in found["toybox"].items(): table.add_row(f"toybox {part}", f"{size / 1e6:.1f} MB", "ships with vermouth")
     for name, repo in found["hub"].items(): table.add_row(name, f"{repo['bytes'] / 1e6:.0f} MB" if repo["bytes"] else "not here", repo["role"])
     for name, size in found["data"].items(): table.add_row(name, f"{size / 1e3:.1f} kB", "ships with vermouth")
+    Console(soft_wrap=True, force_jupyter=False).print(table)
+
+# %% ../../nbs/app/03_cli.ipynb #f1403a98
+@app.command()
+def bench(
+    size: Annotated[str, typer.Option(help="Whose size the random model has: sd1, sd2.1, sd2.1-base.")] = "sd1",
+    side: Annotated[int, typer.Option(help="Of the images in pixels.")] = 256,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16; as often as needed.")] = ["float32", "bfloat16"],
+    width: Annotated[int, typer.Option(help="Divides the model's channels: 1 is the real size.")] = 1,
+    device: Device = "",
+    as_json: Json = False,
+) -> None:
+    "Images per second with a model of Stable Diffusion's size and random weights, and the share of what this machine can do."
+    from rich.console import Console
+    from rich.table import Table
+    from vermouth.app.bench import bench as run_bench
+    rows = run_bench(size, side, batch, device or None, tuple(dtype), width)
+    if as_json: return show_json({"size": size, "side": side, "batch": batch, "rows": rows})
+    table = Table("features", "weights", "s/image", "images/s", "of limit", "memory", box=None)
+    for r in rows: table.add_row(r["what"], r["dtype"], f"{r['seconds']:.3f}", f"{r['images_per_s']:.2f}", f"{r['share']:.0%}", f"{r['peak_bytes'] / 1e9:.1f} GB")
     Console(soft_wrap=True, force_jupyter=False).print(table)
 
 # %% ../../nbs/app/03_cli.ipynb #50bfdd73
