@@ -259,7 +259,7 @@ def outer():
 def test_every_damage_to_an_index_is_found(tmp_path):
     (tmp_path / "photos").mkdir()
     for i, item in enumerate(Toybox("photo", n=24, seed=3)): item.image.save(tmp_path / f"photos/{i:02}.png")
-    index, dice, cases, harmless = build_index(tmp_path / "photos", tmp_path / "idx", Grey(), exact=10, quiet=True), random.Random(2), 700, 0
+    index, dice, cases, harmless = build_index(tmp_path / "photos", tmp_path / "idx", Grey(), exact=10, quiet=True), random.Random(2), 1150, 0
     paths = [index.out / name for name in (MANIFEST, *used(index.manifest))]
     good = {path: path.read_bytes() for path in paths}
     assert len(paths) == 3, "manifest, vectors and cells"
@@ -296,7 +296,7 @@ def held(out):
 
 
 def test_every_damage_to_a_store_is_found(store):
-    (out, manifest), dice, cases, harmless = store, random.Random(3), 500, 0
+    (out, manifest), dice, cases, harmless = store, random.Random(3), 850, 0
     keep(out / "manifest.json", json.dumps(manifest).encode())
     finish(out, manifest, 2)
     whole = held(out)
