@@ -52,13 +52,13 @@ def choose(
 # %% ../nbs/00_core.ipynb #7204b52b
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# %% ../nbs/00_core.ipynb #2a09968f
+# %% ../nbs/00_core.ipynb #4103eb9c
 def pick_device(
     device: str | torch.device | None = None, # "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is
 ) -> torch.device:
     "The device to compute on, checked to be there."
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try: return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as e:
         raise VermouthError(f"device={str(device)!r}: not usable here ({str(e).splitlines()[0]}). Use device='cpu' or None.") from e

@@ -8,7 +8,7 @@ __all__ = ['Row', 'TIMM', 'Reading', 'study_items', 'read_study', 'oracle_prompt
            'probed', 'baseline_rows', 'timm_vectors', 'affordable_epochs', 'trained_rows', 'count_passes', 'summary',
            'curves']
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #e311c801
+# %% ../../nbs/tasks/01_fewshot.ipynb #b00340c2
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..baselines import linear_probe, nearest_class_mean, prompts_for, read_items, store_items, store_name
+from ..baselines import linear_probe, maps_for, nearest_class_mean, prompts_for, read_items, store_items, store_name
 from ..core import VermouthError
 from ..data.fewshot import FewShotData
 from ..data.item import Item
@@ -107,16 +107,15 @@ def fresh(
         head = UHead(u.in_dims, model.clip.dim, u.arch, u.fuse, u.out_res, u.widths)
         return Vermouth(model.backbone, head, model.clip, model.captioner, model.settings, model.prompt, model.size, expert)
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #ceeeba60
+# %% ../../nbs/tasks/01_fewshot.ipynb #602f0067
 def maps_of(
     model: Vermouth,
     reading: Reading,
     rows: Sequence[int], # B of the reading
 ) -> list[Tensor]:       # (B,C,h,w) each, float32, as `model` takes them
     "What was kept of some images; a model without expert leaves the expert's maps."
-    maps = reading.features.batch(rows)
     # channels last: the head's 1×1 convolutions and poolings run about twice as fast so on a CPU
-    return [m.float().contiguous(memory_format=torch.channels_last) for m in (maps if model.expert else maps[:len(model.dims)])]
+    return [m.float().contiguous(memory_format=torch.channels_last) for m in maps_for(model, reading.features).batch(rows)]
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #9cdfe8f5
 def train_few_shot(
