@@ -158,11 +158,11 @@ def test_extract_refuses(photos, tmp_path, monkeypatch, words, says):
 
 
 def test_classify_a_folder(photos):
-    seen = fresh("classify", photos, "--names", "cat, dog,fish", "-k", "2")
+    seen = fresh("classify", photos, "--names", "cat, duck,fish", "-k", "2")
     lines = [line.split("\t") for line in seen.stdout.splitlines()]
     assert seen.returncode == 1 and [len(line) for line in lines] == [3] * 5 and all(Path(line[0]).is_file() for line in lines), seen.stderr
     assert seen.stderr.count("\n") == 1 and "broken.png" in seen.stderr, "one line for the one bad file, and no noise of libraries"
-    again = json.loads(shell("classify", photos, "--names", "cat,dog,fish", "--batch-size", "2", "--json").stdout)
+    again = json.loads(shell("classify", photos, "--names", "cat,duck,fish", "--batch-size", "2", "--json").stdout)
     assert [image["name"] for image in again["images"]] == [line[1].split()[0] for line in lines] and len(again["set_aside"]) == 1
     assert all(abs(sum(image["probabilities"].values()) - 1) < 1e-5 for image in again["images"])
 

@@ -123,16 +123,18 @@ def read_image(
     except Exception as e: # damaged bytes make Pillow raise nearly anything
         raise VermouthError(f"image={str(path)!r}: cannot be read ({e}). Replace the file or leave it out.") from e
 
-# %% ../nbs/00_core.ipynb #533c937e
+# %% ../nbs/00_core.ipynb #6697a795
 def levelled(
     im: Image.Image, # any mode
 ) -> Image.Image:    # the same, or 8-bit grey where it was deeper
-    "At most 8 bits a channel."
+    "At most 8 bits a channel. Whole numbers go to 255 or to 65,535, real ones (floating-point TIFF) also to 1: whichever is the first that holds them."
     if not im.mode.startswith(("I", "F")): return im  # 16-bit greys come as I;16 or I
     grey = np.asarray(im, dtype=np.float64)
     if not np.isfinite(grey).all(): raise VermouthError("images: it has NaN or infinite pixels. Clean it first.")
-    top = 65535 if grey.max(initial=0) > 255 else 255
-    return Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
+    low, high = grey.min(initial=0), grey.max(initial=0)
+    top = next((top for top in (1, 255, 65535) if high <= top and (top > 1 or im.mode == "F")), 0)
+    if low < 0 or not top: raise VermouthError(f"images: its pixels go from {low:.6g} to {high:.6g}. Scale them to 0…1, 0…255 or 0…65535.")
+    return Image.fromarray((grey * (255 / top)).round().astype(np.uint8))
 
 # %% ../nbs/00_core.ipynb #775ad0aa
 def flatten(

@@ -190,11 +190,11 @@ def index(
     else: typer.echo(f"{len(made)} photos are in {out}, checksum {made.manifest['checksum']}")
     if made.set_aside: raise typer.Exit(1)
 
-# %% ../../nbs/app/03_cli.ipynb #e2abc17e
+# %% ../../nbs/app/03_cli.ipynb #ba1fd9d2
 @app.command()
 def search(
     index: Annotated[Path, typer.Argument(help="A folder that index has written.")],
-    query: Annotated[str, typer.Argument(help="A drawing or a photo by its path, or words: 'a red boat'.")],
+    query: Annotated[str, typer.Argument(help="A drawing or a photo by its path, or words: 'a red car'.")],
     k: Annotated[int, typer.Option("-k", "--count", help="How many photos to find.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a page of thumbnails, too, in one file.")] = None,
     model: Trained = "toybox",

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['UPLOAD', 'SIDE', 'TIMES', 'CSS', 'PHONE', 'ASK', 'received', 'drawn', 'typed_names', 'cards', 'by_drawing',
            'by_photo', 'by_words', 'by_names', 'cut_out', 'maps', 'refusal', 'Gate', 'need_gradio', 'photo_field',
-           'kindly', 'status', 'search_tab', 'image_tabs', 'make_page', 'free_port', 'own_names', 'serve']
+           'overheard', 'kindly', 'status', 'search_tab', 'image_tabs', 'make_page', 'free_port', 'own_names', 'serve']
 
-# %% ../../nbs/app/05_web.ipynb #687f7a6a
+# %% ../../nbs/app/05_web.ipynb #09616789
 import io
 import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -67,7 +68,7 @@ def typed_names(
     if not 1 < len(names) <= 200: raise VermouthError(f"names: {len(names)} are given. Type 2 to 200, with commas or one a line.")
     return names
 
-# %% ../../nbs/app/05_web.ipynb #006c76f0
+# %% ../../nbs/app/05_web.ipynb #a0981615
 def cards(hits: Sequence[Hit]) -> str:
     "Hits as HTML."
     return f'<main class="hits">{"".join(card(hit, rank) for rank, hit in enumerate(hits, 1))}</main>'
@@ -85,7 +86,7 @@ def by_photo(index: Index, model: Vermouth, source: Any, k: int = 12) -> str:
 
 def by_words(index: Index, model: Vermouth, words: str, k: int = 12) -> str:
     "Photos for words, as HTML. Never read as a path: `Index.search` would open a file of that name."
-    if not (words or "").strip(): raise VermouthError("words: none. Type some, as in: a red boat.")
+    if not (words or "").strip(): raise VermouthError("words: none. Type some, as in: a red car.")
     return cards(index.nearest(text_embeddings(as_caption(words), model.clip).cpu().numpy(), k))
 
 # %% ../../nbs/app/05_web.ipynb #4b3604dd
@@ -167,27 +168,37 @@ def photo_field(gr: Any, **options: Any) -> Any: # its value is a file
     field.preprocess = lambda payload: payload and payload.path  # not a subclass: gradio writes a .pyi file beside the module of any
     return field
 
-# %% ../../nbs/app/05_web.ipynb #bc860019
+# %% ../../nbs/app/05_web.ipynb #c737b86a
+def overheard(f: Callable, *given: Any) -> tuple[Any, list[str]]: # result, if there is one; what was said beside it
+    "Call it, and keep the sentences that a shell would show: warnings, and the error of what a user can mend."
+    with warnings.catch_warnings(record=True) as said:  # of all threads: the page lets one question run at a time
+        warnings.simplefilter("always", UserWarning)
+        try: result = f(*given)
+        except VermouthError as e: return None, [str(e)]
+    return result, list(dict.fromkeys(str(w.message) for w in said if w.category is UserWarning))
+
+
 def kindly(
     f: Callable,          # raises `VermouthError` for what a user can mend
     show: Callable = lambda x: x, # result → what the page shows
 ) -> Callable:
-    "The sentence of an error instead of a traceback; the page stays as usable as it was."
+    "Sentences in a box instead of a traceback; the page stays as usable as it was."
     def ask(*given: Any) -> Any:
         import gradio as gr
-        try: return show(f(*given))
-        except VermouthError as e: gr.Warning(escaped(str(e))); return None
+        result, said = overheard(f, *given)
+        for sentence in said: gr.Warning(escaped(sentence))
+        return None if result is None else show(result)
     return ask
 
 
 def status(f: Callable) -> Callable:
-    "The sentence of an error where the photos would stand: no box pops up while somebody draws."
+    "Sentences where the photos stand: no box pops up while somebody draws."
     def ask(*given: Any) -> str:
-        try: return f(*given)
-        except VermouthError as e: return f'<p role="status">{escaped(str(e))}</p>'
+        result, said = overheard(f, *given)
+        return "".join(f'<p role="status">{escaped(sentence)}</p>' for sentence in said) + (result or "")
     return ask
 
-# %% ../../nbs/app/05_web.ipynb #7f7858f4
+# %% ../../nbs/app/05_web.ipynb #c53b2808
 CSS = """.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .6rem }
 .hits figure { margin: 0 } .hits figure img, .gone { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882; border-radius: 6px }
 .hits figcaption { font-size: .75rem; overflow-wrap: anywhere } .hits figcaption b { float: right; margin-left: .5rem }
@@ -203,14 +214,14 @@ def search_tab(gr: Any, index: Index, model: Vermouth) -> None:
     with gr.Row(elem_id="search"):
         with gr.Column(scale=2, elem_id="ask"):
             pad = gr.HTML(html_template=SHEET, js_on_load=SCRIPT, elem_id="draw")
-            words = gr.Textbox(label="or type words, then Enter", placeholder="a red boat", max_length=300, elem_id="words")
+            words = gr.Textbox(label="or type words, then Enter", placeholder="a red car", max_length=300, elem_id="words")
             drop = photo_field(gr, label="or drop an image", height=160, elem_id="drop")
             k = gr.Slider(1, 60, 12, step=1, label="photos")
         with gr.Column(scale=3, elem_id="found"): out = gr.HTML(f"<p role=\"status\">{escaped(index.how)}. Draw, and they come.</p>", elem_id="hits")
     for event, source, f in ((pad.input, pad, by_drawing), (drop.upload, drop, by_photo), (words.submit, words, by_words)):
         event(status(partial(f, index, model)), [source, k], out, **ASK)
 
-# %% ../../nbs/app/05_web.ipynb #98186206
+# %% ../../nbs/app/05_web.ipynb #407369c4
 def image_tabs(gr: Any, model: Vermouth) -> None:
     "Classify, segment and look: an image and a little more in, a picture or bars out."
     def shown(image): return f'<div class="shown">{inline(image, 1200)}</div>'
@@ -223,7 +234,7 @@ def image_tabs(gr: Any, model: Vermouth) -> None:
                     go = gr.Button(title, variant="primary", elem_id=f"{word}-go")
                 with gr.Column(scale=3): result = out()
             go.click(f, given, result, **ASK | {"show_progress": "full"})
-    tab("Classify", kindly(partial(by_names, model)), [partial(gr.Textbox, "cat, dog, boat, house", **names, elem_id="classify-names")], partial(gr.Label, num_top_classes=10, elem_id="classify-out"), "classify")
+    tab("Classify", kindly(partial(by_names, model)), [partial(gr.Textbox, "cat, duck, car, house", **names, elem_id="classify-names")], partial(gr.Label, num_top_classes=10, elem_id="classify-out"), "classify")
     tab("Segment", kindly(partial(cut_out, model), shown), [partial(gr.Textbox, "sky, grass, water, sand", **names, elem_id="segment-names")], partial(gr.HTML, elem_id="segment-out"), "segment")
     sliders = [partial(gr.Slider, 0, 999, 200, step=1, label="time step t, for all blocks"), partial(gr.Slider, 0, 3, 3, step=1, label="level, over time: 0 is 1/64 of the image, 3 is 1/8")]
     tab("Look inside", kindly(partial(maps, model), shown), sliders, partial(gr.HTML, elem_id="look-out"), "look")
