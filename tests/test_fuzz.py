@@ -27,10 +27,11 @@ from vermouth.backbone import FeatureSettings, prompt_list
 from vermouth.core import FORMATS, MAX_PIXELS, VermouthError, flatten, image_batch, image_tensor, is_text, read_image, resize
 from vermouth.data.segmentation import read_numbers
 from vermouth.data.toybox import Toybox
+from vermouth.manifest import FORMAT, content_checksum
 from vermouth.metrics import accuracy, confusion, mean_average_precision, mean_iou, precision_at_k, retrieval_metrics
 from vermouth.saved import read_card, read_weights, write_model
 from vermouth.segment import class_words
-from vermouth.shards import FORMAT, FeatureStore, content_checksum, finish, finished, keep, put_shard, shard_name
+from vermouth.shards import FeatureStore, finish, finished, keep, put_shard, shard_name
 from vermouth.text import class_prompts, load_clip, text_embeddings
 from vermouth.uhead import ARCHS, FUSES, UHead, arch_widths
 

@@ -22,6 +22,7 @@ from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
 from vermouth.expert import load_expert
 from vermouth.model import Vermouth
+from vermouth.parts import part_name
 from vermouth.shards import FeatureStore, shard_name, sole_writer
 from vermouth.store import extract
 from vermouth.text import load_clip
@@ -89,6 +90,80 @@ def test_killed_at_every_step_it_ends_with_the_same_bytes(whole, backbone, tmp_p
     assert store.checksum() == whole.checksum()
     assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == ["manifest.json", *map(shard_name, range(5))]
     assert (out / "manifest.json").read_bytes() == (whole.out / "manifest.json").read_bytes()
+
+
+class Counting:
+    "A backbone that counts the images it reads, and gets a signal in the batch that goes beyond `enough`."
+
+    def __init__(self, backbone, enough=10**9, sign=signal.SIGKILL): self.backbone, self.enough, self.sign, self.seen = backbone, enough, sign, 0
+    def __getattr__(self, name): return getattr(self.backbone, name)
+
+    def features(self, images, *args, **more):
+        self.seen += len(images)
+        if self.seen > self.enough: os.kill(os.getpid(), self.sign)
+        return self.backbone.features(images, *args, **more)
+
+
+ONE = FEW | {"shard_size": 18, "batch_size": 4}  # one shard of five batches
+
+
+def dying_writer(out, enough): extract(Counting(load_backbone("toybox", "cpu"), enough), items(), out, **ONE)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    "A store whose writer was killed in the fourth of five batches, after the first image for its size; not to be changed."
+    out = tmp_path_factory.mktemp("stores") / "begun"
+    process = child(dying_writer, out, 1 + 3 * 4)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert {p.name for p in out.iterdir()} == {".lock", "manifest.json", *(part_name(0, i) for i in (0, 4, 8))}
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(backbone, tmp_path_factory): return extract(backbone, items(), tmp_path_factory.mktemp("stores") / "one", **ONE)
+
+
+def gone_on(backbone, out, **change):
+    "Images that the second run has read, without the one for the size; its store."
+    counting = Counting(backbone)
+    store = extract(counting, items(), out, **ONE | change)
+    assert {p.name for p in store.out.iterdir()} - {".lock"} == {"manifest.json", shard_name(0)}, "a part was left"
+    return counting.seen - 1, store
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 32])
+def test_a_killed_process_loses_only_its_unfinished_batch(backbone, begun, undisturbed, tmp_path, batch_size):
+    seen, store = gone_on(backbone, shutil.copytree(begun, tmp_path / "store"), batch_size=batch_size)
+    assert seen == 18 - 12
+    for new, old in zip(store.batch(range(18)), undisturbed.batch(range(18))): torch.testing.assert_close(new, old)
+    if batch_size == 4:
+        for name in ("manifest.json", shard_name(0)): assert (store.out / name).read_bytes() == (undisturbed.out / name).read_bytes()
+
+
+def interrupted(backbone, out, toys=None, **settings):
+    "A store like `begun` of something else, stopped with Ctrl-C."
+    with pytest.raises(KeyboardInterrupt): extract(Counting(backbone, 1 + 3 * 4, signal.SIGINT), toys or items(), out, **ONE, **settings)
+    return out
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "linked", "moved", "of other settings", "of other items"])
+def test_a_part_that_is_not_ours_is_made_again(backbone, begun, undisturbed, tmp_path, damage):
+    out = Path(shutil.copytree(begun, tmp_path / "store"))
+    path, mine = out / part_name(0, 4), tmp_path / "mine.txt"
+    data = path.read_bytes()
+    mine.write_text("mine")
+    if damage == "cut": path.write_bytes(data[:-5])
+    if damage == "empty": path.write_bytes(b"")
+    if damage == "changed": path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    if damage == "linked": path.unlink(), path.symlink_to(mine)
+    if damage == "moved": path.write_bytes((out / part_name(0, 8)).read_bytes())
+    if damage == "of other settings": shutil.copy(interrupted(backbone, tmp_path / "other", seed=1) / path.name, path)
+    if damage == "of other items": shutil.copy(interrupted(backbone, tmp_path / "other", Toybox("photo", n=18, seed=1)) / path.name, path)
+    seen, store = gone_on(backbone, out)
+    assert seen == 18 - 12 + 4 and mine.read_text() == "mine"
+    assert store.checksum() == undisturbed.checksum()
 
 
 def test_an_unfinished_store_says_so_and_goes_on(whole, backbone, tmp_path):
