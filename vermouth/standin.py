@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SIZES', 'unet_config', 'vae_config', 'text_config', 'standin_backbone']
 
-# %% ../nbs/02e_standin.ipynb #f87c84dc
+# %% ../nbs/02e_standin.ipynb #e4e75cf2
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .backbone import Backbone, load_tokenizer
-from .checkpoint import locate
+from .backbone import Backbone
+from .checkpoint import load_tokenizer, locate
 from .core import choose
 
 # %% ../nbs/02e_standin.ipynb #c39301ef
