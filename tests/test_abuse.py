@@ -1,5 +1,5 @@
 """What people and machines hand to Vermouth by mistake or on purpose, in one table: each row is tried, and each either works,
-or ends in one sentence and exit code 2 with nothing lost. Ten thousand files in one folder are in test_search."""
+or ends in one sentence and exit code 2 with nothing lost."""
 import contextlib
 import importlib
 import json
@@ -178,6 +178,13 @@ def many(name):
     return make
 
 
+def crowd(place):
+    "The same photo under 9,999 names, and a text."
+    some(place, n=1)
+    for i in range(1, 9_999): os.link(place / "photos/0.png", place / f"photos/{i}.png")
+    (place / "photos/9999.png").write_text("a picture of a cat")
+
+
 def the_rest(place, found):
     "What the long jobs list at their end."
     aside = {Path(name).name for name, _ in found["set_aside"]}
@@ -204,6 +211,7 @@ REFUSED = {
     "bad files among odd ones, classified": Row(many("."), CLASSIFY, code=1, check=the_rest),
     "bad files among odd ones, extracted": Row(many("in"), folder(*EXTRACT, read="in"), code=1, check=the_rest),
     "bad files among odd ones, indexed": Row(many("photos"), INDEX, code=1, check=the_rest),
+    "ten thousand files in one folder": Row(crowd, INDEX, code=1, check=lambda place, found: [found["photos"], found["looked_at"], len(found["set_aside"])] == [9_999, 1, 1] or pytest.fail(str(found))),
     "an empty folder, classified": Row(lambda place: None, CLASSIFY, "no images there"),
     "an empty folder, extracted": Row(lambda place: (place / "in").mkdir(), folder(*EXTRACT, read="in"), "no images there"),
     "an empty folder, indexed": Row(lambda place: (place / "photos").mkdir(), INDEX, "no photos in it"),
@@ -228,6 +236,8 @@ WORDS = {
     "a class nobody knows": Row(lambda place: some(place, "."), named("zyzzyva,cat"), check=said_once("CLIP does not know 'zyzzyva', and reads")),
     "a repeated class": Row(lambda place: some(place, "."), named("cat, dog ,cat"), "names: 'cat' occurs 2 times"),
     "the same class twice to the eye": Row(lambda place: some(place, "."), named("tall_tree,tall  tree"), "names: 'tall tree' occurs 2 times"),
+    "one class": Row(lambda place: some(place, "."), named("cat"), "names='cat': one name, which everything would get"),
+    "one class, segmented": Row(lambda place: some(place, "."), ["segment", "0.png", "--names", "cat", "--out", "mask.png"], "names='cat': one name"),
     "a nameless class": Row(lambda place: some(place, "."), named("cat,,dog"), "names: number 1 is empty"),
     "a class name of 500 words": Row(lambda place: some(place, "."), named("cat," + "fish " * 500), check=said_once("1 longer than CLIP's")),
     "other alphabets": Row(lambda place: some(place, "."), named("猫,кошка,قطة,γάτα,חתול,🐈"), check=said_once("CLIP does not know '猫', 'кошка', 'قطة', 'γάτα', 'חתול' and others")),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'BLIP', 'Images', 'Model', 'Trained', 'Device', 'Dtype', 'Names', 'PACKAGES', 'HUB', 'Refusing',
            'show_version', 'program', 'show_json', 'Pairs', 'split_pair', 'say', 'run', 'extract', 'verify', 'index',
-           'search', 'end', 'classify', 'save_mask', 'segment', 'web', 'hub_cache', 'about', 'info', 'bench']
+           'search', 'split_names', 'end', 'classify', 'check_mask', 'save_mask', 'segment', 'web', 'hub_cache',
+           'about', 'info', 'bench']
 
 # %% ../../nbs/app/03_cli.ipynb #2591bc84
 import json
@@ -211,8 +212,16 @@ def search(
     if as_json: return show_json({"how": asked.how, "hits": [{"path": hit.path, "score": round(hit.score, 6)} for hit in hits]})
     for hit in hits: typer.echo(f"{hit.score:7.4f}  {hit.path if hit.path.isprintable() else repr(hit.path)}")
 
-# %% ../../nbs/app/03_cli.ipynb #0a8ceed7
-Names = Annotated[str, typer.Option(help="Class names, with commas between them.")]
+# %% ../../nbs/app/03_cli.ipynb #2502a256
+Names = Annotated[str, typer.Option(help="Class names, two or more, with commas between them.")]
+
+
+def split_names(names: str) -> list[str]:
+    "Class names as typed."
+    from vermouth.core import VermouthError
+    found = [name.strip() for name in names.split(",")]
+    if len(found) < 2: raise VermouthError(f"names={names!r}: one name, which everything would get. Give two or more, with commas.")
+    return found
 
 
 def end(
@@ -230,7 +239,7 @@ def classify(images: Images, names: Names, model: Trained = "toybox", top: Annot
     "Tell which of some names fits each image."
     from vermouth.app.files import image_paths, over_images
     from vermouth.model import Vermouth
-    paths, choices = image_paths(images, sys.stdin), [name.strip() for name in names.split(",")]
+    choices, paths = split_names(names), image_paths(images, sys.stdin)
     seer = Vermouth.load(model, device or None)
     done, aside = over_images(lambda few: seer.classify(few, choices, batch_size=batch_size).tolist(), paths, "classify", batch_size)
     ranked = [(str(path), dict(sorted(zip(choices, row), key=lambda pair: -pair[1]))) for path, row in done]
@@ -239,7 +248,17 @@ def classify(images: Images, names: Names, model: Trained = "toybox", top: Annot
         for path, row in ranked: typer.echo("\t".join([path, *(f"{name} {p:.3f}" for name, p in list(row.items())[:top])]))
     end(aside, as_json)
 
-# %% ../../nbs/app/03_cli.ipynb #6e16b988
+# %% ../../nbs/app/03_cli.ipynb #81eef023
+def check_mask(
+    count: int,       # how many names there are
+    path: Path,       # the PNG file to write
+) -> None:
+    "Refuse what could not be written, before the work is done."
+    from vermouth.core import VermouthError
+    if count > 256: raise VermouthError(f"names: {count} of them, and a PNG mask holds 256. Give fewer, or call Vermouth.segment from Python.")
+    if path.suffix.lower() != ".png": raise VermouthError(f"out={str(path)!r}: not a PNG file, and others would change the numbers. Give a name that ends in .png.")
+
+
 def save_mask(
     labels: Any,      # (H,W) numpy array of numbers from 0
     count: int,       # how many names there are
@@ -249,8 +268,6 @@ def save_mask(
     from PIL import Image
     from vermouth.core import VermouthError
     from vermouth.segment import palette
-    if count > 256: raise VermouthError(f"names: {count} of them, and a PNG mask holds 256. Give fewer, or call Vermouth.segment from Python.")
-    if path.suffix.lower() != ".png": raise VermouthError(f"out={str(path)!r}: not a PNG file, and others would change the numbers. Give a name that ends in .png.")
     mask = Image.fromarray(labels.astype("uint8"))
     mask.putpalette(palette(count).tobytes())
     try: mask.save(path)
@@ -264,7 +281,8 @@ def segment(image: Annotated[Path, typer.Argument(help="An image file.")], names
     "Name every pixel of an image."
     from vermouth.core import read_image
     from vermouth.model import Vermouth
-    picture, choices = read_image(image), [name.strip() for name in names.split(",")]
+    choices, picture = split_names(names), read_image(image)
+    check_mask(len(choices), out)
     labels = Vermouth.load(model, device or None).segment(picture, choices, short=short)
     save_mask(labels, len(choices), out)
     share = {name: round(float((labels == i).mean()), 4) for i, name in enumerate(choices)}
