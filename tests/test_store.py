@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from vermouth.app.files import image_paths, packed_images, unpacked
 from vermouth.backbone import load_backbone
 from vermouth.baselines import read_items, store_items
 from vermouth.core import VermouthError
@@ -364,3 +367,33 @@ def test_processes_share_a_job_and_the_store_is_that_of_one(tmp_path):
     again = json.loads(launched(3, photos, tmp_path / "killed")[0])
     assert again["checksum"] == told[1]["checksum"]
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in kept.items()), "what was done stays done"
+
+
+# Shards of a webdataset
+
+
+def test_the_webdataset_librarys_own_shards_are_read_as_it_reads_them(backbone, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(str(tmp_path / "shard-%03d.tar"), maxcount=4, verbose=0) as shards:
+        for i, toy in enumerate(Toybox("photo", n=10)): shards.write({"__key__": f"toys/{i:02}", "png": toy.image, "txt": toy.caption, "json": {"label": int(toy.label)}})
+    named = str(tmp_path / "shard-{000..002}.tar")
+    packed, streamed = unpacked(image_paths([named])), list(webdataset.WebDataset(named, shardshuffle=False).decode("rgb8"))
+    assert [item.key.partition("/")[2] for item in packed] == [f"{sample['__key__']}.png" for sample in streamed] and len(packed) == 10
+    for item, sample in zip(packed, streamed): assert np.array_equal(np.asarray(item.image), sample["png"])
+    whole = extract(backbone, [item.image for item in packed], tmp_path / "images", **FEW)
+    store = extract(backbone, packed, tmp_path / "shards", **FEW)
+    assert store.ids[0] == "shard-000.tar/toys/00.png" and torch.equal(store.batch(range(10))[0], whole.batch(range(10))[0])
+
+
+def test_links_and_folders_in_a_tar_are_no_images_and_a_damaged_one_is_refused(tmp_path):
+    secret, tar = tmp_path / "secret.png", tmp_path / "a.tar"
+    Toybox("photo", n=1)[0].image.save(secret)
+    with tarfile.open(tar, "w") as f:
+        for kind, name in ((tarfile.SYMTYPE, "link.png"), (tarfile.LNKTYPE, "hard.png"), (tarfile.DIRTYPE, "folder.png"), (tarfile.FIFOTYPE, "pipe.png")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, str(secret)
+            f.addfile(entry)
+        f.add(secret, "../../odd name.png")
+    assert [item.key for item in packed_images(tar)] == ["a.tar/../../odd name.png"]
+    tar.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(VermouthError, match="not a plain tar file"): packed_images(tar)

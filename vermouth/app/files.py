@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['images_below', 'image_paths', 'Packed', 'packed_images', 'unpacked', 'read_images', 'over_images']
 
-# %% ../../nbs/app/02a_files.ipynb #25267b57
+# %% ../../nbs/app/02a_files.ipynb #c1b0e326
 import glob
 import io
 import os
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def images_below(
     odd = [path for path in (Path(folder, name) for name, _ in aside) if path.is_file() or not path.exists() or path.is_dir() and not path.is_symlink()]  # no pipes: reading one waits for ever
     return sorted([Path(folder, photo.path) for photo in photos] + odd)
 
-# %% ../../nbs/app/02a_files.ipynb #d1afe0f6
+# %% ../../nbs/app/02a_files.ipynb #dd7e5c9d
 def _matching(pattern: str) -> list[Path]:
     "Files that fit a pattern. Path's `**` passes links to folders by; the glob module's would run in circles."
     parts = Path(pattern).parts
@@ -47,15 +48,21 @@ def _found(name: str, lines: Iterable[str]) -> list[Path]:
     return _matching(name)
 
 
+def _braces(name: str) -> Iterable[str]:
+    "shard-{000..009}.tar, as users of webdataset write many; a file that is called so comes first."
+    try: return [name] if os.path.lexists(name) else braceexpand(name)
+    except UnbalancedBracesError: return [name]
+
+
 def image_paths(
-    names: Sequence[str],     # files, folders, patterns as "*.png" or "**/*.png", or "-"
+    names: Sequence[str],     # files, folders, patterns as "*.png", "**/*.png" or "{000..009}.tar", or "-"
     lines: Iterable[str] = (), # what "-" stands for: one path on each line
 ) -> list[Path]:              # each once, in the order named; whether they are images shows when they are read
     "Every image that was named."
     paths = []
-    for name in names:
-        found = _found(str(name), lines)
-        if not found: raise VermouthError(f"images={str(name)!r}: {'no paths on standard input' if name == '-' else 'no images there' if os.path.isdir(name) else 'no such file'}. Give image files, folders or patterns, or - for a list on standard input.")
+    for name in (one for name in names for one in _braces(str(name))):
+        found = _found(name, lines)
+        if not found: raise VermouthError(f"images={name!r}: {'no paths on standard input' if name == '-' else 'no images there' if os.path.isdir(name) else 'no such file'}. Give image files, folders or patterns, or - for a list on standard input.")
         paths += found
     return list(dict.fromkeys(paths))
 
