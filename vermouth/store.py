@@ -6,16 +6,16 @@
 __all__ = ['OURS', 'Job', 'rounded', 'look', 'good_ones', 'maps_of', 'make_part', 'read_shard', 'write_shard', 'check_folder',
            'stamp', 'check_items', 'first_shapes', 'check_begun', 'check_disk', 'begin', 'make', 'extract']
 
-# %% ../nbs/07_store.ipynb #2e5a9b3f
+# %% ../nbs/07_store.ipynb #6305c7bc
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, FeatureSettings, check_size, prompt_list
 from .batches import in_batches
 from .core import VermouthError, image_tensor, read_image
-from .items import image_of, item_ids
+from .items import Ahead, image_of, item_ids
 from .manifest import FORMAT, MANIFEST, STORE_DTYPES, check_expected, read_manifest, store_key
 from .parts import PART_NAME, Part, drop_parts, part_name, put_part, read_part
 from .shards import FeatureStore, finish, finished, keep, put_shard, sole_writer
@@ -82,16 +82,16 @@ def look(
     if sides and tuple(x.shape[1:]) != tuple(sides): raise VermouthError(f"images: {x.shape[1]}×{x.shape[2]} pixels where the store holds {sides[0]}×{sides[1]}. Give size= to bring all to one.")
     return image, x
 
-# %% ../nbs/07_store.ipynb #f0ef49fa
+# %% ../nbs/07_store.ipynb #f545bf3a
 def good_ones(
     job: Job,
-    numbers: range,                        # of items
-    sides: tuple[int, int] | None = None,  # as for `look`
+    numbers: range,                          # of items
+    see: Callable[[int], tuple[Any, Tensor]], # `look`, or what has looked ahead
 ) -> tuple[list[int], list[Any], list[Tensor], list[list]]: # numbers, images and tensors of the good ones; [number, reason] of the others
     "Look at some items."
     good, images, tensors, aside = [], [], [], []
     for i in numbers:
-        try: image, x = look(job, i, sides)
+        try: image, x = see(i)
         except (VermouthError, OSError) as e: aside.append([i, str(e).replace(str(job.items[i]), job.ids[i])]) # where the folder lies is nobody's business
         else: good.append(i); images.append(image); tensors.append(x)
     return good, images, tensors, aside
@@ -107,46 +107,48 @@ def maps_of(
     beside = in_batches(lambda part: job.expert(images[part]), len(images), job.batch_size) if job.expert else ()
     return [rounded(m, job.dtype) for m in [*maps, *beside]]
 
-# %% ../nbs/07_store.ipynb #b92e03b2
+# %% ../nbs/07_store.ipynb #db1b9aba
 def make_part(
     job: Job,
-    numbers: range,          # of items, one batch
-    sides: tuple[int, int],  # of the images
+    numbers: range,                          # of items, one batch
+    see: Callable[[int], tuple[Any, Tensor]], # as for `good_ones`
 ) -> Part:
     "Run the backbone over one batch."
-    good, images, tensors, aside = good_ones(job, numbers, sides)
+    good, images, tensors, aside = good_ones(job, numbers, see)
     if not good: return Part(numbers, [], [], aside)
     said = [job.prompts[i] for i in good] if job.prompts is not None else job.captioner(images) if job.captioner else [""] * len(good)
     return Part(numbers, maps_of(job, torch.stack(tensors), said), said, aside)
 
-# %% ../nbs/07_store.ipynb #0734ed64
+# %% ../nbs/07_store.ipynb #09b7dd67
 def read_shard(
     job: Job,
-    k: int,                   # which shard
-    manifest: dict[str, Any], # the unfinished one
-    bar: tqdm,                # counts items
+    k: int,                                  # which shard
+    manifest: dict[str, Any],                # the unfinished one
+    see: Callable[[int], tuple[Any, Tensor]], # as for `good_ones`
+    bar: tqdm,                               # counts items
 ) -> list[Part]:
     "All batches of one shard, kept or made."
     parts, rest = [], job.part(k)
     while rest:
         part = read_part(job.out, k, rest, manifest)
         if not part:
-            part = make_part(job, rest[:job.batch_size], tuple(manifest["image"]))
+            part = make_part(job, rest[:job.batch_size], see)
             if part.numbers.stop < rest.stop: put_part(job.out, k, part, manifest)
         parts.append(part)
         rest = range(part.numbers.stop, rest.stop)
         bar.update(len(part.numbers))
     return parts
 
-# %% ../nbs/07_store.ipynb #c824d053
+# %% ../nbs/07_store.ipynb #d18c151d
 def write_shard(
     job: Job,
     k: int,
-    manifest: dict[str, Any], # the unfinished one
+    manifest: dict[str, Any],                # the unfinished one
+    see: Callable[[int], tuple[Any, Tensor]], # as for `good_ones`
     bar: tqdm,
 ) -> None:
     "Make one shard, whole."
-    parts = read_shard(job, k, manifest, bar)
+    parts = read_shard(job, k, manifest, see, bar)
     filled = [part.levels for part in parts if part.levels]
     levels = [torch.cat(level) for level in zip(*filled)] if filled else [torch.zeros(0, *s, dtype=job.dtype) for s in manifest["shapes"]]
     put_shard(job.out, k, levels, sum((part.prompts for part in parts), []), sum((part.aside for part in parts), []), manifest["key"])
@@ -192,14 +194,14 @@ def check_items(
     for old, new in zip(zip(manifest["ids"], manifest["stamps"]), zip(ids, stamps)):
         if old != new: raise VermouthError(f"items: {new[0]!r} ({new[1]}) where the store {str(out)!r} has {old[0]!r} ({old[1]}). Give another out, or delete this one and extract again.")
 
-# %% ../nbs/07_store.ipynb #e0750d8c
+# %% ../nbs/07_store.ipynb #b2ea1096
 def first_shapes(
     job: Job,
 ) -> tuple[list[int], list[list[int]]]: # height and width of the images; (C,h,w) of each level
     "Read the first good image, to know how large the store will be."
     reason = ""
     for i in range(len(job.items)):
-        good, _, tensors, aside = good_ones(job, range(i, i + 1))
+        good, _, tensors, aside = good_ones(job, range(i, i + 1), partial(look, job))
         if good: return list(tensors[0].shape[1:]), [list(m.shape[1:]) for m in maps_of(job, tensors[0][None], [""])]
         reason = reason or aside[0][1]
     raise VermouthError(f"items: none of {len(job.items)} can be used. The first: {reason}")
@@ -248,7 +250,7 @@ def begin(
     if not (job.out / MANIFEST).exists(): keep(job.out / MANIFEST, json.dumps(manifest).encode())
     return manifest, missing
 
-# %% ../nbs/07_store.ipynb #bab5d599
+# %% ../nbs/07_store.ipynb #bd1160c1
 def make(
     job: Job,
     manifest: dict[str, Any], # from `begin`
@@ -260,8 +262,10 @@ def make(
     mine = missing[rank::size]
     todo, rest = sum(len(job.part(k)) for k in mine), sum(len(job.part(k)) for k in missing)
     done = 0 if size > 1 else len(job.items) - rest
-    with tqdm(total=done + todo, initial=done, desc="features", unit="image", disable=quiet or not mine or rank > 0) as bar:
-        for k in mine: write_shard(job, k, manifest, bar)
+    files = all(isinstance(item, (str, os.PathLike)) for item in job.items)
+    see = Ahead(partial(look, job, sides=tuple(manifest["image"])), (i for k in mine for i in job.part(k)), job.batch_size, min(8, os.cpu_count() or 1) if files else 1)
+    with see, tqdm(total=done + todo, initial=done, desc="features", unit="image", disable=quiet or not mine or rank > 0) as bar:
+        for k in mine: write_shard(job, k, manifest, see, bar)
     wait_for_all()
 
 # %% ../nbs/07_store.ipynb #043bba5f
