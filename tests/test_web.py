@@ -352,10 +352,15 @@ def test_classify_and_a_kind_refusal(tab, folder):
     tab.get_by_text("Type 2 to 200").wait_for(timeout=60_000)
     assert "Traceback" not in tab.content()
     tab.locator(".toast-close").first.click()
-    tab.fill("#classify-names textarea", "fish, house\ntree, boat")
+    tab.fill("#classify-names textarea", "fish, house\ntree, sailboat")
     tab.click("#classify-go")
-    tab.wait_for_function("['fish', 'house', 'tree', 'boat'].every(n => document.querySelector('#classify-out').innerText.includes(n))", timeout=60_000)
+    tab.wait_for_function("['fish', 'house', 'tree', 'sailboat'].every(n => document.querySelector('#classify-out').innerText.includes(n))", timeout=60_000)
     tab.wait_for_timeout(500), shot(tab, "classify")
+    tab.fill("#classify-names textarea", "猫, house")
+    tab.click("#classify-go")
+    tab.get_by_text("CLIP does not know '猫'").wait_for(timeout=60_000)
+    tab.wait_for_function("document.querySelector('#classify-out').innerText.includes('猫')", timeout=60_000)
+    tab.locator(".toast-close").first.click()
 
 
 @pytest.mark.parametrize("title, word", [("Segment", "segment"), ("Look inside", "look")])
