@@ -248,7 +248,7 @@ def classify(images: Images, names: Names, model: Trained = "toybox", top: Annot
         for path, row in ranked: typer.echo("\t".join([path, *(f"{name} {p:.3f}" for name, p in list(row.items())[:top])]))
     end(aside, as_json)
 
-# %% ../../nbs/app/03_cli.ipynb #81eef023
+# %% ../../nbs/app/03_cli.ipynb #9cdaa630
 def check_mask(
     count: int,       # how many names there are
     path: Path,       # the PNG file to write
@@ -273,7 +273,7 @@ def save_mask(
     try: mask.save(path)
     except OSError as e: raise VermouthError(f"out={str(path)!r}: cannot be written ({e.strerror}). Give a file in a folder that is there.") from e
 
-
+# %% ../../nbs/app/03_cli.ipynb #e024e1c7
 @app.command()
 def segment(image: Annotated[Path, typer.Argument(help="An image file.")], names: Names, out: Annotated[Path, typer.Option(help="The PNG file for the mask.")],
             model: Trained = "toybox", short: Annotated[int | None, typer.Option(help="Slide windows over the image, its shorter side brought to so many pixels. Default: the image whole.")] = None,
