@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'COMPILED', 'GRAPHS', 'Ledger', 'ledger', 'memory_rate', 'predicted', 'Step', 'to_bfloat16', 'difference',
            'waterfall', 'peak_alone', 'apart']
 
-# %% ../../nbs/app/07a_steps.ipynb #56ce644f
+# %% ../../nbs/app/07a_steps.ipynb #0d249c75
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +25,8 @@ from .bench import inputs, matrix_rate, once, our_way, peak_bytes, released_way,
 from ..backbone import Backbone
 from ..batches import out_of_memory
 from ..core import pick_device
-from ..fast import compiled_parts, fused_projections, keep_freed_memory, last_channels
+from ..fast import compiled_parts, fused_projections, last_channels
+from ..memory import keep_freed_memory
 from ..standin import standin_backbone
 
 # %% ../../nbs/app/07a_steps.ipynb #c01feabb
