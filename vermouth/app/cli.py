@@ -8,7 +8,7 @@ __all__ = ['app', 'Json', 'BLIP', 'Images', 'Model', 'Trained', 'Device', 'Dtype
            'search', 'split_names', 'end', 'classify', 'check_mask', 'save_mask', 'segment', 'web', 'hub_cache',
            'about', 'info', 'bench']
 
-# %% ../../nbs/app/03_cli.ipynb #2591bc84
+# %% ../../nbs/app/03_cli.ipynb #092b0ee9
 import json
 import os
 import sys
@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from ..memory import keep_freed_memory
 
 # %% ../../nbs/app/03_cli.ipynb #68742b68
 class Refusing(TyperGroup):
@@ -34,7 +36,7 @@ class Refusing(TyperGroup):
             raise typer.Exit(2) from None
         finally: warnings.formatwarning = shown
 
-# %% ../../nbs/app/03_cli.ipynb #91db08d0
+# %% ../../nbs/app/03_cli.ipynb #f44fb9ed
 app = typer.Typer(cls=Refusing, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -48,6 +50,7 @@ def show_version(asked: bool) -> None:
 @app.callback()
 def program(show: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
     "Diffusion priors for visual perception: features, classes and masks from a frozen Stable Diffusion, and the tables of the paper."
+    keep_freed_memory()  # the process is ours
 
 # %% ../../nbs/app/03_cli.ipynb #1087bb52
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
@@ -191,7 +194,7 @@ def index(
     else: typer.echo(f"{len(made)} photos are in {out}, checksum {made.manifest['checksum']}")
     if made.set_aside: raise typer.Exit(1)
 
-# %% ../../nbs/app/03_cli.ipynb #ba1fd9d2
+# %% ../../nbs/app/03_cli.ipynb #74dda289
 @app.command()
 def search(
     index: Annotated[Path, typer.Argument(help="A folder that index has written.")],
@@ -209,6 +212,7 @@ def search(
     asked = Index(index)  # before the model is loaded: a wrong folder is refused at once
     hits = asked.search(query, Vermouth.load(model, device or None, dtype), k)
     if html: hits_page(hits, html, query)
+    typer.echo(asked.how, err=True)
     if as_json: return show_json({"how": asked.how, "hits": [{"path": hit.path, "score": round(hit.score, 6)} for hit in hits]})
     for hit in hits: typer.echo(f"{hit.score:7.4f}  {hit.path if hit.path.isprintable() else repr(hit.path)}")
 
