@@ -71,7 +71,7 @@ class Hit:
         "The photo, if it is still there."
         return look(self.folder, self.path)
 
-# %% ../../nbs/app/04_search.ipynb #47191e93
+# %% ../../nbs/app/04_search.ipynb #70cbba9f
 @patch
 def search(
     self: Index,
@@ -80,7 +80,6 @@ def search(
     k: int = 10, # how many to find; all if there are fewer
 ) -> list[Hit]:  # best first
     "The photos nearest to a drawing, a photo or words. Raises `VermouthError` for another model."
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise VermouthError(f"k={k!r}: a whole number from 1.")
     same_model(self.out, self.manifest["model"], identity(model))
     return self.nearest(query_vector(query, model), k)
 
@@ -89,9 +88,10 @@ def search(
 def nearest(
     self: Index,
     vector: np.ndarray, # (1,D) float32 of length 1
-    k: int,
+    k: int,             # from 1; all if there are fewer
 ) -> list[Hit]:
     "The photos nearest to a vector."
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise VermouthError(f"k={k!r}: a whole number from 1.")
     k = min(k, len(self))
     if self.cells is None: scores, rows = exact(self.parts, vector, k)
     else:
