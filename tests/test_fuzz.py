@@ -25,7 +25,7 @@ from vermouth.app.photos import inside
 from vermouth.app.run import parse_value
 from vermouth.backbone import FeatureSettings, prompt_list
 from vermouth.core import FORMATS, MAX_PIXELS, VermouthError, flatten, image_batch, image_tensor, is_text, read_image, resize
-from vermouth.data.segmentation import read_numbers
+from vermouth.data.masks import read_numbers
 from vermouth.data.toybox import Toybox
 from vermouth.manifest import FORMAT, content_checksum
 from vermouth.metrics import accuracy, confusion, mean_average_precision, mean_iou, precision_at_k, retrieval_metrics

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "store": {"core", "backbone", "text"},
     "model": {"core", "backbone", "text", "expert", "uhead"},
     "train": {"core", "metrics", "store", "model"},
-    "data": {"core", "data.things", "data.toybox", "data.item"},  # the readers offer the Toybox world beside the official layouts
+    "data": {"core", "data.things", "data.toybox", "data.item", "data.masks"},  # the readers offer the Toybox world beside the official layouts
     "tasks": LIBRARY | {"data"},
     "app": LIBRARY | {"data", "tasks", "app"},
     "pretrain": {"core", "data.toybox", "pretrain"},

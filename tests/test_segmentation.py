@@ -18,7 +18,8 @@ from scipy.io import savemat
 from sklearn.metrics import jaccard_score
 
 from vermouth.core import VermouthError
-from vermouth.data.segmentation import COCO_NUMBERS, class_names, load_segmentation, pair
+from vermouth.data.masks import pair
+from vermouth.data.segmentation import COCO_NUMBERS, class_names, load_segmentation
 from vermouth.data.toybox import LABELS, Toybox
 from vermouth.dense import DenseHead
 from vermouth.model import Vermouth

@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'NEVER_USED', 'COCO_NUMBERS', 'LAYOUTS', 'DATASETS', 'UNSEEN_VOC', 'TOYBOX_ALL', 'TRAIN_WORLD', 'TEST_WORLD',
-           'class_names', 'Coding', 'decode', 'read_numbers', 'MaskItem', 'pair', 'readable', 'Form', 'Layout',
-           'few_of_many', 'read_names', 'MaskSplit', 'few_masks', 'load_segmentation', 'show_masks']
+           'class_names', 'Form', 'Layout', 'few_of_many', 'read_names', 'MaskSplit', 'few_masks', 'load_segmentation',
+           'show_masks']
 
-# %% ../../nbs/data/04_segmentation.ipynb #90438dd1
+# %% ../../nbs/data/04_segmentation.ipynb #688945c8
 import json
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm.auto import tqdm
 
-from ..core import VermouthError, choose, open_image, read_image
+from ..core import VermouthError, choose
 from .item import SUFFIXES, check_counts, check_files
+from .masks import Coding, MaskItem, pair, readable
 
 # %% ../../nbs/data/04_segmentation.ipynb #edd7520e
 NAMED = ("voc20", "voc21", "pc59", "pc459", "ade150", "ade847", "coco_stuff171")
@@ -39,98 +36,6 @@ def class_names(
     if dataset == "voc21": return ("background", *class_names("voc20"))
     names = json.loads((files("vermouth.data") / "classnames" / f"{dataset}.json").read_text(encoding="utf-8"))
     return tuple(" ".join(name.split()) for name in names)
-
-# %% ../../nbs/data/04_segmentation.ipynb #dc434905
-@dataclass(frozen=True)
-class Coding:
-    "How the numbers of a mask file become labels."
-    numbers: tuple[int, ...]      # the number of each class, in label order
-    ignored: tuple[int, ...] = () # numbers of no class
-
-    @property
-    def ignore_index(self) -> int:
-        "The label of pixels that do not count."
-        return 255 if len(self.numbers) <= 255 else 65535
-
-# %% ../../nbs/data/04_segmentation.ipynb #d48591dc
-@lru_cache(maxsize=None)
-def _table(coding: Coding) -> np.ndarray: # (65536,) int32: label of each number, -1 where there is none
-    table = np.full(65536, -1, np.int32)
-    table[list(coding.ignored)] = coding.ignore_index
-    table[list(coding.numbers)] = np.arange(len(coding.numbers))
-    return table
-
-# %% ../../nbs/data/04_segmentation.ipynb #0b5bd441
-def decode(
-    raw: np.ndarray,  # (H,W) the file's numbers
-    coding: Coding,
-    name: str,        # of the mask, for the message
-) -> np.ndarray:      # (H,W) labels, uint8 where there are 255 classes or fewer, else int32
-    "Labels 0 … K-1 and the ignore index. Raises `VermouthError` for a number that stands for nothing."
-    labels = _table(coding)[np.clip(raw, 0, 65535)]
-    if (labels < 0).any() or raw.min() < 0 or raw.max() > 65535:
-        number = int(raw[(labels < 0) | (raw < 0) | (raw > 65535)][0])
-        raise VermouthError(f"mask={name!r}: number {number} is none of the {len(coding.numbers)} classes (their numbers go from {min(coding.numbers)} to {max(coding.numbers)}). Correct the mask, or name the data set that it belongs to.")
-    return labels.astype(np.uint8 if coding.ignore_index == 255 else np.int32)
-
-# %% ../../nbs/data/04_segmentation.ipynb #aaa771f1
-def read_numbers(
-    path: Path,    # PNG, TIFF or another image of one channel; or .mat with a LabelMap
-) -> np.ndarray:   # (H,W) int32
-    "The numbers of a mask file. Raises `VermouthError` for a picture in colours and for an unreadable file."
-    try:
-        if path.suffix == ".mat":
-            from scipy.io import loadmat  # for this one data set
-            return np.asarray(loadmat(path)["LabelMap"], np.int32)
-        with open_image(path) as im:
-            if im.mode not in ("1", "L", "P", "I") and not im.mode.startswith("I;16"): raise VermouthError(f"mask={str(path)!r}: a picture in {im.mode}. Save one class number per pixel, in one channel.")
-            return np.asarray(im).astype(np.int32)
-    except VermouthError as e: raise VermouthError(str(e).replace("images: ", f"mask={str(path)!r}: ", 1)) from e
-    except FileNotFoundError as e: raise VermouthError(f"mask={str(path)!r}: no such file. Add the mask, or leave its image out.") from e
-    except Exception as e: raise VermouthError(f"mask={str(path)!r}: cannot be read ({e}). Replace the file or leave its image out.") from e
-
-# %% ../../nbs/data/04_segmentation.ipynb #b12a9620
-@dataclass(frozen=True)
-class MaskItem:
-    "One image and the class of its pixels, read when they are looked at."
-    source: Any     # the image's file, or (world, index) of something that renders
-    mask_file: Path | None # None where the world knows it
-    coding: Coding = field(repr=False)
-    key: str        # what identifies the image for good: its path below root, or the world's settings
-
-    @property
-    def image(self) -> Image.Image:
-        "The image, RGB and upright."
-        return read_image(self.source) if self.mask_file else self.source[0][self.source[1]].image
-
-    @property
-    def mask(self) -> np.ndarray: # (H,W) labels 0 … K-1, and the ignore index
-        "The mask, which may be of another size: `pair` checks that."
-        raw, name = (read_numbers(self.mask_file), str(self.mask_file)) if self.mask_file else (self.source[0][self.source[1]].mask, self.key)
-        return decode(raw, self.coding, name)
-
-# %% ../../nbs/data/04_segmentation.ipynb #fd7e31fa
-def pair(
-    item: MaskItem,
-) -> tuple[Image.Image, np.ndarray]: # RGB (W,H); (H,W) labels
-    "Both, of one size. Raises `VermouthError` where they are not, or where one is missing."
-    image, mask = item.image, item.mask
-    if mask.shape == image.size[::-1]: return image, mask
-    raise VermouthError(f"mask={str(item.mask_file)!r}: {mask.shape[1]}×{mask.shape[0]} pixels (width×height), its image {image.width}×{image.height}. Resize the mask with nearest neighbour, or leave both out.")
-
-# %% ../../nbs/data/04_segmentation.ipynb #948f97f9
-def readable(
-    items: Sequence[MaskItem],
-) -> list[MaskItem]: # those whose image and mask can be read and agree
-    "Set bad files aside, with one warning that says how many and what is wrong with the first."
-    good, bad = [], []
-    for item in tqdm(items, "checking", unit="image", delay=2):
-        try: item.mask_file and pair(item)
-        except VermouthError as e: bad.append(str(e))
-        else: good.append(item)
-    if items and not good: raise VermouthError(f"items: none of {len(items)} can be used. The first: {bad[0]}")
-    if bad: warnings.warn(f"{len(bad)} of {len(items)} images set aside. The first: {bad[0]}", stacklevel=2)
-    return good
 
 # %% ../../nbs/data/04_segmentation.ipynb #1b7cebb4
 @dataclass(frozen=True)

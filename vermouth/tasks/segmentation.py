@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from ..baselines import kept_rows, maps_for, prompts_for, read_items
 from ..core import VermouthError, image_batch, seed_everything
-from ..data.segmentation import MaskItem, MaskSplit, pair
+from ..data.masks import MaskItem, pair
+from ..data.segmentation import MaskSplit
 from ..dense import DenseHead, pixel_logits, pixel_loss
 from ..items import in_chunks
 from ..metrics import class_iou, confusion
