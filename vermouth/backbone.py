@@ -84,7 +84,7 @@ def __repr__(self: Backbone) -> str:
     how = f"{self.scheduler.config.prediction_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
     return f"Backbone({self.name}: U-Net {widths}, latents 1/{self.factor}, {self.tokens} tokens, {how})"
 
-# %% ../nbs/02_backbone.ipynb #ac680031
+# %% ../nbs/02_backbone.ipynb #5e5d8c65
 @patch(cls_method=True)
 def from_components(
     cls: Backbone, *,
@@ -101,7 +101,6 @@ def from_components(
     device, dtype = pick_device(device or unet.device), pick_dtype(dtype or unet.dtype)
     for model in (vae, unet, text_encoder):
         torch.nn.Module.to(model, device, dtype)  # diffusers' own `to` warns of parts to be kept in float32, of which there are none
-    vae.to(memory_format=torch.channels_last)  # same numbers, less time; see `fast`
     return cls(vae, unet, text_encoder, tokenizer, scheduler, name)
 
 # %% ../nbs/02_backbone.ipynb #ed9fb5f9

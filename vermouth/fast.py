@@ -13,12 +13,12 @@ import torch
 from .backbone import Backbone
 from .hooks import unet_blocks
 
-# %% ../nbs/02f_fast.ipynb #1cd3cb2c
+# %% ../nbs/02f_fast.ipynb #c3fa72bd
 def last_channels(
-    bb: Backbone, # its U-Net's convolutions change their layout, not their numbers
+    bb: Backbone, # its convolutions change their layout, not their numbers
 ) -> None:
-    "Weights of the U-Net's convolutions with the channels innermost."
-    bb.unet.to(memory_format=torch.channels_last)
+    "Weights of the convolutions of VAE and U-Net with the channels innermost."
+    for part in (bb.vae, bb.unet): part.to(memory_format=torch.channels_last)
 
 # %% ../nbs/02f_fast.ipynb #9a9b4897
 def fused_projections(
