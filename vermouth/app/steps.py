@@ -29,7 +29,7 @@ from ..fast import compiled_parts, fused_projections, last_channels
 from ..memory import keep_freed_memory
 from ..standin import standin_backbone
 
-# %% ../../nbs/app/07a_steps.ipynb #d6b525f8
+# %% ../../nbs/app/07a_steps.ipynb #aa098664
 class Line(NamedTuple):
     "One operation."
     kind: str       # of `KINDS`, or "the rest"
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 KINDS = {"convolution": "convolutions", "scaled_dot_product": "attention", "mm": "matrix products"} # what is in an operation's name → its kind
 
-
+# %% ../../nbs/app/07a_steps.ipynb #6eb19ed3
 class Ledger(TorchDispatchMode):
     "The arithmetic, the traffic and the time of every operation, in order."
 
