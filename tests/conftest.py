@@ -1,4 +1,6 @@
 "What the tests share."
+
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -6,21 +8,83 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is loaded: two test processes side by side take one thread each, and threads that wait do not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = Counter()  # what the tests of abuse have tried; printed at the end
+COUNTS = Counter()  # what the tests of bad input have tried; printed at the end
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    "A worker of pytest-xdist hands its counts to the process that prints."
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    COUNTS.update(getattr(node, "workeroutput", {}).get("counts", {}))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if COUNTS: terminalreporter.write_line("; ".join(f"{n:,} {what}" for what, n in sorted(COUNTS.items())))
+    if COUNTS:
+        terminalreporter.write_line("; ".join(f"{n:,} {what}" for what, n in sorted(COUNTS.items())))
 
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
     "The repository as git would commit it now, copied away, so that what a test writes stays out of it."
     there = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in filter(None, listed.stdout.split("\0")):
-        if not (ROOT / name).exists(): continue  # deleted, and the deletion not committed yet
+        if not (ROOT / name).exists():
+            continue  # deleted, and the deletion not committed yet
         (there / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, there / name, follow_symlinks=False)
     return there
+
+
+@pytest.fixture(scope="session")
+def toybox():
+    "The shipped model, loaded once for all tests of a process."
+    from vermouth.model import Vermouth
+
+    return Vermouth.load("toybox", "cpu")
+
+
+@pytest.fixture(scope="session")
+def photos() -> list:
+    "Five Toybox photos as PIL images."
+    from vermouth.data.toybox import Toybox
+
+    return [item.image for item in Toybox("photo", n=5, seed=3)]
+
+
+@pytest.fixture
+def program(toybox, tmp_path, monkeypatch):
+    "The program in this process and in an empty folder, with the Toybox loaded already."
+    from program import Program
+
+    from vermouth import backbone, model, text
+
+    def instead(owner, name, ready):
+        load = getattr(owner, name)
+
+        def loaded(name="toybox", *args, **kwargs):
+            return ready if str(name) == "toybox" and not kwargs else load(name, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, loaded)
+
+    instead(model.Vermouth, "load", toybox)
+    instead(backbone, "load_backbone", toybox.backbone)
+    instead(text, "load_captioner", toybox.captioner)
+    monkeypatch.chdir(tmp_path)
+    return Program(tmp_path)

@@ -1,4 +1,5 @@
-"Files and folders that something is wrong with, or only odd, and a model that is quick enough to look at many of them."
+"Image files that are damaged, unsafe or unusual, and a model fast enough to embed many of them."
+
 import os
 import struct
 import zlib
@@ -9,10 +10,12 @@ from PIL import Image
 
 
 class Grey:
-    "Sees 64 grey pixels; needs no thread, so that a forked process can use it."
+    "Embed an image as 8×8 grey pixels. It starts no threads, so a forked process can use it."
+
     name, fingerprint = "grey", "0123456789abcdef"
 
-    def __init__(self): self.seen = 0
+    def __init__(self):
+        self.seen = 0
 
     def embed(self, images):
         images = images if isinstance(images, list) else [images]
@@ -23,14 +26,29 @@ class Grey:
 
 
 def bomb(path):
-    "A PNG of 400 million pixels in a hundred bytes."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 60_001)) + chunk(b"IEND", b""))
+    "Write a PNG of 400 million pixels in about a hundred bytes."
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 60_001))
+        + chunk(b"IEND", b"")
+    )
 
 
+def truncate(path, image, size):
+    "Save an image and keep the first `size` bytes of the file."
+    image.save(path)
+    path.write_bytes(path.read_bytes()[:size])
+
+
+# file name → (function that creates it from a path and an image, part of the reason for which it is skipped)
 BAD = {
-    "truncated.png": (lambda p, im: (im.save(p), p.write_bytes(p.read_bytes()[:2000])), "truncated"),
-    "truncated.jpg": (lambda p, im: (im.save(p), p.write_bytes(p.read_bytes()[:700])), "truncated"),
+    "truncated.png": (lambda p, im: truncate(p, im, 2000), "truncated"),
+    "truncated.jpg": (lambda p, im: truncate(p, im, 700), "truncated"),
     "empty.png": (lambda p, im: p.touch(), "not an image"),
     "text.jpg": (lambda p, im: p.write_text("a picture of a cat"), "not an image"),
     "bomb.png": (lambda p, im: bomb(p), "20000×20000 pixels, more than 100,000,000"),
@@ -40,6 +58,8 @@ BAD = {
     "out.png": (lambda p, im: p.symlink_to("/etc/hostname"), "leads out of the folder"),
     "outside": (lambda p, im: p.symlink_to("/etc"), "leads out of the folder"),
 }
+
+# file name → function that creates it from a path and an image
 GOOD = {
     "cmyk.jpg": lambda p, im: im.convert("CMYK").save(p),
     "grey.png": lambda p, im: im.convert("L").save(p),
@@ -59,6 +79,13 @@ GOOD = {
 
 
 def damaged(data, dice):
-    "One byte flipped, some cut off, some put in, or some set to nothing."
+    "Return the bytes with one bit flipped, a part cut off, some inserted, or some set to zero."
     at = dice.randrange(len(data))
-    return dice.choice([data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1:], data[:at], data[:at] + dice.randbytes(3) + data[at:], data[:at] + bytes(len(data[at:at + 9])) + data[at + 9:]])
+    return dice.choice(
+        [
+            data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :],
+            data[:at],
+            data[:at] + dice.randbytes(3) + data[at:],
+            data[:at] + bytes(len(data[at : at + 9])) + data[at + 9 :],
+        ]
+    )

@@ -1,4 +1,5 @@
 "The page for a user's own photos and drawings, on real ones."
+
 import os
 import shutil
 from pathlib import Path
@@ -11,14 +12,25 @@ from conftest import ROOT
 DATA = os.environ.get("VERMOUTH_DATA", "")
 
 
-@pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA is not set: no real photos and sketches here")
+@pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA is not set: no real photos and sketches")
 def test_real_photos_and_sketches(tmp_path):
-    ready = {kind: Path(DATA) / "sbir" / "Sketchy" / "256x256" / kind / "tx_000000000000_ready" for kind in ("photo", "sketch")}
+    ready = {
+        kind: Path(DATA) / "sbir" / "Sketchy" / "256x256" / kind / "tx_000000000000_ready"
+        for kind in ("photo", "sketch")
+    }
     for name in ("airplane", "apple", "bear", "bicycle", "castle", "cat"):
         for kind, folder in ready.items():
             (tmp_path / "my" / kind / name).mkdir(parents=True)
-            for image in sorted((folder / name).iterdir())[:6]: shutil.copy(image, tmp_path / "my" / kind / name)
-    papermill.execute_notebook(str(ROOT / "nbs" / "own_data.ipynb"), str(tmp_path / "out.ipynb"), {"root": str(tmp_path / "my"), "out_dir": str(tmp_path / "mine"), "shots": 4, "epochs": 2}, progress_bar=False)
-    printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", []))
+            for image in sorted((folder / name).iterdir())[:6]:
+                shutil.copy(image, tmp_path / "my" / kind / name)
+    papermill.execute_notebook(
+        str(ROOT / "nbs" / "own_data.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        {"root": str(tmp_path / "my"), "out_dir": str(tmp_path / "mine"), "shots": 4, "epochs": 2},
+        progress_bar=False,
+    )
+    printed = "".join(
+        o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])
+    )
     assert "36 photos indexed" in printed and "4 seen classes, 16 sketches, 16 photos; 2 unseen" in printed
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {"model", "index"}

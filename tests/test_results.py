@@ -1,4 +1,5 @@
 "The results pages as papermill runs them: from a shell's point of view, in a folder of their own."
+
 import os
 from pathlib import Path
 
@@ -8,13 +9,24 @@ import pytest
 from conftest import ROOT
 
 DATA = os.environ.get("VERMOUTH_DATA")
-METHODS = {"Vermouth", "Vermouth without expert", "U-head on random weights", "U-head on random weights without expert", "training-free backbone", "training-free, random weights",
-           "expert only", "CLIP image tower", "caption only", "raw pixels"}
+METHODS = {
+    "Vermouth",
+    "Vermouth without expert",
+    "U-head on random weights",
+    "U-head on random weights without expert",
+    "training-free backbone",
+    "training-free, random weights",
+    "expert only",
+    "CLIP image tower",
+    "caption only",
+    "raw pixels",
+}
 
 
 def run(page, folder, **parameters):
     "Execute a page with parameters in `folder`; the rows it wrote."
-    papermill.execute_notebook(str(ROOT / "nbs" / page), str(folder / "out.ipynb"), parameters=parameters, cwd=str(folder), progress_bar=False)
+    source, output = ROOT / "nbs" / page, folder / "out.ipynb"
+    papermill.execute_notebook(str(source), str(output), parameters=parameters, cwd=str(folder), progress_bar=False)
     return pd.read_csv(folder / "results" / f"{Path(page).stem}.csv")
 
 
@@ -26,14 +38,17 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
     assert (tmp_path / "results" / "10_sbir.png").stat().st_size > 10_000
     again = run("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
     assert len(again) == 2 * len(rows), "a second run appends"
-    assert again.value[len(rows):].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
+    assert again.value[len(rows) :].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
 
 
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_sbir_reads_real_sketches(tmp_path):
-    rows = run("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=str(Path(DATA) / "sbir" / "Sketchy"), shots=1, epochs=1, limit=50, uhead="pico")
+    root = str(Path(DATA) / "sbir" / "Sketchy")
+    few = {"shots": 1, "epochs": 1, "limit": 50, "uhead": "pico"}
+    rows = run("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
     assert set(rows.method) == METHODS and (rows.n == 50).all()
 
 
 def test_a_wrong_name_says_which_are_right(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="dataset='sketchi'.*Choose from"): run("10_sbir.ipynb", tmp_path, dataset="sketchi")
+    with pytest.raises(papermill.PapermillExecutionError, match="dataset='sketchi'.*Choose from"):
+        run("10_sbir.ipynb", tmp_path, dataset="sketchi")

@@ -1,4 +1,5 @@
-"""What the page on text cannot show: the hub's older BLIP layout, broken weights, and a machine without a network."""
+"""Captioners and CLIPs in the hub's older layout, with broken weights, and without a network."""
+
 import json
 import os
 import subprocess
@@ -17,16 +18,36 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat"
 
 @pytest.fixture(scope="module")
 def hub_blip(tmp_path_factory):
-    "A BLIP folder as the hub keeps it: vocab.txt and preprocessor_config.json instead of tokenizer.json and processor_config.json."
+    "A BLIP folder in the hub's older layout, with vocab.txt and preprocessor_config.json."
     folder = tmp_path_factory.mktemp("blip")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"}))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "size": {"height": 32, "width": 32},
-                                                                 "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_resize": True, "do_normalize": True}))
+    special = {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"}
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True} | special
+    preprocessor = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "do_resize": True,
+        "do_normalize": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = BlipConfig(text_config={**sizes, "vocab_size": len(WORDS) + 2, "max_position_embeddings": 32, "bos_token_id": len(WORDS), "eos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0},
-                        vision_config={**sizes, "image_size": 32, "patch_size": 16})
+    config = BlipConfig(
+        text_config={
+            **sizes,
+            "vocab_size": len(WORDS) + 2,
+            "max_position_embeddings": 32,
+            "bos_token_id": len(WORDS),
+            "eos_token_id": 2,
+            "sep_token_id": 3,
+            "pad_token_id": 0,
+        },
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+    )
     BlipForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
@@ -41,34 +62,64 @@ def test_hub_layout_loads_with_its_own_normalisation(hub_blip):
 
 def test_captions_do_not_depend_on_the_global_generator(hub_blip):
     captioner, image = load_captioner(hub_blip, device="cpu"), Image.effect_noise((32, 32), 90)
-    torch.manual_seed(1); first = captioner(image)
-    torch.manual_seed(2); assert captioner(image) == first
+    torch.manual_seed(1)
+    first = captioner(image)
+    torch.manual_seed(2)
+    assert captioner(image) == first
 
 
 def test_truncated_weights_are_named(hub_blip, tmp_path):
-    for p in hub_blip.iterdir(): (tmp_path / p.name).write_bytes(p.read_bytes())
+    for p in hub_blip.iterdir():
+        (tmp_path / p.name).write_bytes(p.read_bytes())
     (tmp_path / "model.safetensors").write_bytes((hub_blip / "model.safetensors").read_bytes()[:2000])
-    with pytest.raises(VermouthError, match="captioner=.*cannot be loaded here"): load_captioner(tmp_path)
+    with pytest.raises(VermouthError, match="captioner=.*cannot be loaded here"):
+        load_captioner(tmp_path)
 
 
 @pytest.mark.parametrize("load", [load_captioner, load_clip])
 def test_pickles_are_refused(load, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(VermouthError, match="pickled ones are not read"): load(tmp_path)
+    with pytest.raises(VermouthError, match="pickled ones are not read"):
+        load(tmp_path)
 
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(VermouthError, match="a bert model. Pass a BLIP captioner"): load_captioner(tmp_path)
+    with pytest.raises(VermouthError, match="a bert model. Pass a BLIP captioner"):
+        load_captioner(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["load_captioner('Salesforce/blip-image-captioning-base')", "load_clip('ViT-L-14/openai')", "clip_for('stable-diffusion-v1-5/stable-diffusion-v1-5')"])
-def test_without_network_the_weights_are_named(call, tmp_path):
-    code = f"from vermouth.core import VermouthError\nfrom vermouth.text import load_captioner, load_clip, clip_for\ntry: {call}\nexcept VermouthError as e: print('said:', e)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)})
-    assert "said:" in run.stdout and call.split("'")[1] in run.stdout, run.stderr[-2000:]
+NAMES = {
+    "load_captioner": "Salesforce/blip-image-captioning-base",
+    "load_clip": "ViT-L-14/openai",
+    "clip_for": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+
+
+def test_without_network_the_weights_are_named(tmp_path):
+    code = """
+import json, sys
+from vermouth import text
+from vermouth.core import VermouthError
+for function, name in json.loads(sys.argv[1]).items():
+    try:
+        getattr(text, function)(name)
+    except VermouthError as error:
+        print("refused:", error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(NAMES)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)},
+    )
+    refused = [line for line in run.stdout.splitlines() if line.startswith("refused:")]
+    assert len(refused) == len(NAMES), run.stderr[-2000:]
+    for line, name in zip(refused, NAMES.values()):
+        assert name in line
 
 
 def test_one_image_is_one_prompt():

@@ -1,0 +1,48 @@
+"A folder of photos and its index, for tests."
+
+import os
+import traceback
+from functools import cache
+
+from odd_files import Grey
+
+from vermouth.app.search import Index, build_index
+from vermouth.data.toybox import Toybox
+
+
+@cache
+def drawn_photos(n=24):
+    return [item.image for item in Toybox("photo", n=n, seed=3)]
+
+
+def write_photos(folder, n=24):
+    "Photos in three sub-folders."
+    for i, image in enumerate(drawn_photos(n)):
+        (folder / f"{i % 3}").mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i % 3}/{i:02}.png")
+    return folder
+
+
+def build(folder, out, model=None, **options):
+    "Index a folder with a model that starts no threads."
+    return build_index(folder, out, model or Grey(), quiet=True, **options)
+
+
+def answers(out):
+    "All that a reader can ask of an index: paths, scores and thumbnails of everything, best first."
+    index = Index(out)
+    query = Grey().embed([drawn_photos()[0]]).numpy()
+    hits = index.nearest(query, len(index))
+    return index.paths, index.set_aside, [(hit.path, round(hit.score, 5), hit.thumbnail) for hit in hits]
+
+
+def run_forked(work):
+    "Run in a process that can be killed; return its id."
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

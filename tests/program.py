@@ -1,0 +1,70 @@
+"The program `vermouth` for tests: in a process of its own, or in this one."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import COUNTS
+from typer.testing import CliRunner
+
+PROGRAM = Path(sys.executable).with_name("vermouth")
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+def run_process(*words, env=OFFLINE, **options):
+    "The finished process; `options` are those of subprocess.run."
+    return subprocess.run([PROGRAM, *map(str, words)], env=env, capture_output=True, text=True, **options)
+
+
+def run_here(*words, **options):
+    "The same without the seconds that a new process takes to load torch."
+    from vermouth.app.cli import app
+
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+CLASSES = ["cat", "fish", "tree"]
+NAMES = ["--names", ",".join(CLASSES)]
+CLASSIFY = ["classify", ".", *NAMES, "--json"]
+EXTRACT = ["extract", "in", "--out", "store", "--captioner", "none", "-p", "stages", "mid", "-p", "attention", "[]"]
+INDEX = ["index", "photos", "--out", "idx", "--json"]
+
+
+class Program:
+    "Runs commands in a folder whose files no command may change."
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def files(self):
+        readable = [
+            p
+            for p in self.folder.rglob("*")
+            if p.is_file() and not p.is_symlink() and os.access(p, os.R_OK, effective_ids=True)
+        ]
+        return {p: p.read_bytes() for p in readable}
+
+    def __call__(self, *words, code=0):
+        "The JSON that a command prints. It ends with this exit code and leaves every file as it was."
+        result = self._run(words)
+        assert result.exit_code == code, result.stderr
+        return json.loads(result.stdout)
+
+    def refuses(self, *words, says):
+        "The command ends in one sentence that holds `says`, exit code 2, and prints nothing else."
+        result = self._run(words)
+        assert result.exit_code == 2, result.stdout + result.stderr
+        assert says in result.stderr and result.stdout == ""
+        assert result.stderr.count("\n") == 1 and result.stderr[-2] in ".!?", result.stderr
+
+    def _run(self, words):
+        before = self.files()
+        result = run_here(*words)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        after = self.files()
+        assert not [p for p, data in before.items() if after.get(p) != data], "an input was changed"
+        COUNTS["inputs tried"] += 1
+        return result

@@ -1,0 +1,44 @@
+"README.md is made from the front page, its tables from the results, its commands are those that are checked."
+
+import re
+
+import nbformat
+from conftest import ROOT
+from house import NBS, code_cells
+from nbclient import NotebookClient
+
+
+def test_readme_is_made_from_the_front_page():
+    from vermouth.app.docs import readme_text  # here, so that a broken module fails this test and not the whole file
+
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(NBS / "index.ipynb", ROOT), (
+        "run: python -m vermouth.app.docs"
+    )
+
+
+def test_readme_tables_equal_the_results_files():
+    "The cells that read results run again; what they show must be what the page shows."
+    reading = [c for c in code_cells("index.ipynb") if "results" in c.source]
+    again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in reading])
+    NotebookClient(again, timeout=600, startup_timeout=600, resources={"metadata": {"path": str(NBS)}}).execute()
+
+    def shown(cs):
+        return [o.data.get("text/markdown") for c in cs for o in c.outputs]
+
+    assert reading and shown(again.cells) == shown(reading), (
+        "run nbs/index.ipynb again, then: python -m vermouth.app.docs"
+    )
+
+
+def test_readme_gives_the_commands_that_are_checked():
+    readme, script, workflow = [
+        (ROOT / p).read_text(encoding="utf-8") for p in ("README.md", ".ci/run", ".github/workflows/test.yml")
+    ]
+    lines = readme.splitlines()
+    assert 'pip install -e ".[dev]" && papermill nbs/10_sbir.ipynb out.ipynb -p shots 5' in lines
+    [test_command] = [
+        line for line in lines if re.fullmatch(r"pip install -e .* && nbdev_test && pytest -q tests", line)
+    ]
+    [pattern] = re.findall(r"grep -x '([^']+)' README.md", script)  # the script takes its command from there
+    assert re.fullmatch(pattern, test_command)
+    assert all(part in workflow for part in test_command.split(" && "))
