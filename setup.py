@@ -30,11 +30,14 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["vermouth", "vermouth.*"]),
-    # the Toybox family's weights and the rooms' small tables travel with the code
-    package_data={"vermouth": ["toybox/**/*", "**/*.json", "**/*.csv", "**/*.txt"]},
+    # the Toybox family's weights and the modules' small tables travel with the code
+    package_data={"vermouth": ["py.typed", "toybox/**/*", "app/static/*", "**/*.json", "**/*.csv", "**/*.txt"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "web": cfg["web_requirements"].split()},
-    entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": [f"vermouth={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg.get("console_scripts", "").split(),
+        "nbdev": [f"vermouth={cfg['lib_path']}._modidx:d"],
+    },
     zip_safe=False,
 )
