@@ -151,3 +151,21 @@ def test_wrong_clocks_change_nothing(program, monkeypatch, words, folder):
     again = json.loads(run_here(*words).stdout)
     assert again["checksum"] == first["checksum"]
     assert again.get("items", again.get("photos")) == 3
+
+
+# Damage
+
+
+def test_verify_refuses_a_store_with_a_changed_byte(program):
+    program(*EXTRACT)
+    shard = next(Path("store").glob("data-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    program.refuses("verify", "store", says="is not what was written")
+
+
+def test_shards_of_two_processes_make_one_store(program):
+    whole = program(*EXTRACT)
+    halves = [json.loads(run_here(*out(EXTRACT, "halves"), "--shard-of", k, 2).stdout or "{}") for k in (0, 1)]
+    assert halves[-1]["checksum"] == whole["checksum"]

@@ -70,10 +70,12 @@ def item_ids(items: Sequence[Any]) -> list[str]:  # one per item
     "Return names of the items that do not depend on where their folder lies."
     paths = {i: os.path.abspath(item) for i, item in enumerate(items) if isinstance(item, (str, os.PathLike))}
     root = os.path.commonpath([os.path.dirname(p) for p in paths.values()]) if paths else ""
-    return [
+    names = [
         Path(paths[i]).relative_to(root).as_posix() if i in paths else str(getattr(items[i], "key", i))
         for i in range(len(items))
     ]
+    # a name in another encoding than UTF-8 becomes text: its bytes as \xNN
+    return [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names]
 
 
 def image_digest(item: Any, image: Any = None) -> str:  # 16 hexadecimal digits, or "unreadable"
