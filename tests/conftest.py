@@ -60,6 +60,21 @@ def toybox():
     return Vermouth.load("toybox", "cpu")
 
 
+@pytest.fixture(scope="module")
+def backbone(toybox):
+    return toybox.backbone
+
+
+@pytest.fixture(scope="module")
+def whole(backbone, tmp_path_factory):
+    "A small feature store that was made in one go; not to be changed."
+    from store_helpers import FEW, ITEMS
+
+    from vermouth.store import extract
+
+    return extract(backbone, ITEMS, tmp_path_factory.mktemp("stores") / "whole", **FEW)
+
+
 @pytest.fixture(scope="session")
 def photos() -> list:
     "Five Toybox photos as PIL images."

@@ -33,7 +33,7 @@ def answers(out):
     index = Index(out)
     query = Grey().embed([drawn_photos()[0]]).numpy()
     hits = index.nearest(query, len(index))
-    return index.paths, index.set_aside, [(hit.path, round(hit.score, 5), hit.thumbnail) for hit in hits]
+    return index.paths, index.skipped, [(hit.path, round(hit.score, 5), hit.thumbnail) for hit in hits]
 
 
 def run_forked(work):

@@ -37,8 +37,8 @@ def test_bad_files_are_set_aside_with_a_reason_and_odd_ones_are_read(tmp_path):
     (folder / ".hidden.png").write_text("no photo")
     index = build(folder, tmp_path / "idx")
     assert index.paths == sorted(GOOD)
-    assert [path for path, _ in index.set_aside] == sorted(BAD)
-    assert not {name: why for name, why in index.set_aside if BAD[name][1] not in why}
+    assert [path for path, _ in index.skipped] == sorted(BAD)
+    assert not {name: why for name, why in index.skipped if BAD[name][1] not in why}
     hits = index.nearest(Grey().embed([second]).numpy(), 100)
     page = hits_page(hits, tmp_path / "hits.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") == len(GOOD) and "<b>'" not in page and "caf?.png" in page
@@ -104,7 +104,7 @@ def test_one_image_that_the_model_cannot_take_costs_only_itself(photos, tmp_path
         Image.new("RGB", (9, 9), colour).save(photos / f"{name}.png")
     index = build(photos, tmp_path / "idx", Fragile())
     assert len(index) == 24
-    assert index.set_aside == [
+    assert index.skipped == [
         ("nan.png", "model: embed gives no unit vector for it"),
         ("odd.png", "RuntimeError: mat1 and mat2 cannot be multiplied"),
     ]
@@ -155,7 +155,7 @@ def test_a_pipe_that_takes_a_photos_place_is_not_waited_for(photos, tmp_path, mo
     (photos / "0/00.png").unlink()
     os.mkfifo(photos / "0/00.png")
     monkeypatch.setattr(index, "photos_below", lambda folder: found)
-    assert build(photos, tmp_path / "idx").set_aside == [("0/00.png", "neither a file nor a folder")]
+    assert build(photos, tmp_path / "idx").skipped == [("0/00.png", "neither a file nor a folder")]
 
 
 # Only what changed

@@ -121,7 +121,7 @@ def test_real_photos(tmp_path):
     for i, photo in enumerate(found[::40]):
         shutil.copy(folder / photo.path, few / f"{i:03}{Path(photo.path).suffix}")
     index = build(few, tmp_path / "idx")
-    assert len(index) == len(found[::40]) and not index.set_aside
+    assert len(index) == len(found[::40]) and not index.skipped
     for path in index.paths[::10]:
         image = Hit(path, 0, folder=few).open()
         assert index.nearest(Grey().embed([image]).numpy(), 1)[0].path == path

@@ -19,18 +19,6 @@ from vermouth.store import extract
 from vermouth.text import load_clip
 from vermouth.train import train_head
 
-
-@pytest.fixture(scope="module")
-def backbone(toybox):
-    return toybox.backbone
-
-
-@pytest.fixture(scope="module")
-def whole(backbone, tmp_path_factory):
-    "A store that was made in one go; not to be changed."
-    return extract(backbone, ITEMS, tmp_path_factory.mktemp("stores") / "whole", **FEW)
-
-
 # Reading
 
 

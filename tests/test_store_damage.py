@@ -19,17 +19,6 @@ from vermouth.data.toybox import Toybox
 from vermouth.store import FeatureStore, extract
 
 
-@pytest.fixture(scope="module")
-def backbone(toybox):
-    return toybox.backbone
-
-
-@pytest.fixture(scope="module")
-def whole(backbone, tmp_path_factory):
-    "A store that was made in one go; not to be changed."
-    return extract(backbone, ITEMS, tmp_path_factory.mktemp("stores") / "whole", **FEW)
-
-
 @pytest.fixture
 def copy(whole, tmp_path):
     "A store to be damaged."

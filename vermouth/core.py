@@ -196,6 +196,12 @@ def fingerprint(
             digest.update(values.tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/library/00_core.ipynb #f11ed195
+def file_digest(path: str | os.PathLike) -> str:  # 64 hexadecimal digits
+    "Return the sha256 of a file. Raises OSError."
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 # %% ../nbs/library/00_core.ipynb #c07b3ca3
 def write_atomic(
     path: str | Path,  # file to create or to replace

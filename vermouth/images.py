@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence, Sized
 from numbers import Integral
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from .core import VermouthError
-
-# %% ../nbs/library/01_images.ipynb #aacc5720
-from matplotlib.figure import Figure
 
 # %% ../nbs/library/01_images.ipynb #58600410
 MAX_PIXELS = 100_000_000  # larger images (decompression bombs) are refused before they are decoded
@@ -207,7 +204,7 @@ def image_batch(
 
 # %% ../nbs/library/01_images.ipynb #488949da
 def figure_image(
-    figure: Figure,                  # closed afterwards
+    figure: Any,                     # a matplotlib Figure; closed afterwards
     path: str | Path | None = None,  # where to save it as PNG; None saves nothing
     dpi: int = 80,                   # pixels per inch
     colours: int = 256,              # size of the palette

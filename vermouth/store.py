@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, FeatureSettings, prompt_list
-from .core import VermouthError
+from .core import VermouthError, file_digest
 from .data import arrow
 from .data.extraction import Job, check_disk, checked, items_digest, make_plan, make_shards, store_key
 from .text import Captioner
@@ -107,10 +107,8 @@ def _path(self: FeatureStore, k: int, read: bool = False) -> Path:
         size = path.stat().st_size
         if size != file["bytes"]:
             raise arrow.shard_error(path, f"has {size:,} bytes where {file['bytes']:,} were written")
-        if read:
-            with path.open("rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
-                    raise arrow.shard_error(path, "is not what was written (its sha256 differs)")
+        if read and file_digest(path) != file["sha256"]:
+            raise arrow.shard_error(path, "is not what was written (its sha256 differs)")
     except OSError as e:
         wrong = "is missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})"
         raise arrow.shard_error(path, wrong) from e

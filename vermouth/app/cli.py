@@ -288,8 +288,8 @@ def index(
     with redirect_stdout(sys.stderr):
         made = build_index(folder, out, _load_model(model, device, dtype), batch_size, quiet=as_json)
     checksum = made.settings["checksum"]
-    document = {"index": str(out), **made.changes, "how": made.how, "checksum": checksum, "set_aside": made.set_aside}
-    _finish(document, [f"{len(made)} photos are in {out}, checksum {checksum}"], as_json, made.set_aside)
+    document = {"index": str(out), **made.changes, "how": made.how, "checksum": checksum, "set_aside": made.skipped}
+    _finish(document, [f"{len(made)} photos are in {out}, checksum {checksum}"], as_json, made.skipped)
 
 # %% ../../nbs/app/08_cli.ipynb #74dda289
 @app.command(cls=_Command)

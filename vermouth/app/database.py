@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..core import VermouthError
+from ..core import VermouthError, file_digest
 
 # %% ../../nbs/app/03_database.ipynb #dbf2ff0d
 # vectors up to which all are compared; of the 10 and of the 100 nearest, found on average
@@ -256,7 +256,7 @@ def read_neighbours(out: Path, settings: dict[str, Any], verify: bool = True, ma
     "Return the faiss index, or None if its file is missing or damaged. A mapped one cannot be changed."
     name, faiss = settings.get("neighbours", ""), load_faiss()
     try:
-        if not (match := OURS.fullmatch(name)) or verify and match[1] != _file_digest(out / name):
+        if not (match := OURS.fullmatch(name)) or verify and match[1] != file_digest(out / name):
             return None
         index = faiss.read_index(str(out / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except (OSError, RuntimeError):
@@ -270,7 +270,7 @@ def write_neighbours(out: Path, index: Any) -> str:  # the file's name
     load_faiss().write_index(index, str(new))
     with new.open("rb+") as f:
         os.fsync(f.fileno())
-    os.replace(new, out / (name := f"neighbours-{_file_digest(new)}.faiss"))
+    os.replace(new, out / (name := f"neighbours-{file_digest(new)}.faiss"))
     return name
 
 # %% ../../nbs/app/03_database.ipynb #7f079ddb
@@ -279,11 +279,6 @@ def remove_old(out: Path, settings: dict[str, Any]) -> None:
     for path in out.glob("neighbours-*"):
         if path.name != settings["neighbours"]:
             path.unlink(missing_ok=True)
-
-# %% ../../nbs/app/03_database.ipynb #aa45fff1
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/app/03_database.ipynb #c52aede5
 def all_vectors(db: sqlite3.Connection, settings: dict[str, Any]) -> Any:

@@ -124,7 +124,7 @@ def paths(self: Index) -> list[str]:
 
 # %% ../../nbs/app/01_index.ipynb #0879f627
 @patch(as_prop=True)
-def set_aside(self: Index) -> list[tuple[str, str]]:
+def skipped(self: Index) -> list[tuple[str, str]]:
     "What could not be indexed, and why."
     with database.connect(self.out) as db:
         skipped = "id IN (SELECT id FROM photos WHERE reason IS NOT NULL AND id <= ?)"
@@ -256,7 +256,7 @@ def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, int]:
 def _report(index: Index) -> str:
     "What `build_index` has done, and how the index is searched."
     done = [f"{n:,} {what.replace('_', ' ')}" for what, n in index.changes.items() if what != "photos" and n]
-    skipped = [f"  set aside: {path!r}: {reason}" for path, reason in index.set_aside[:20]]
+    skipped = [f"  set aside: {path!r}: {reason}" for path, reason in index.skipped[:20]]
     more = ["  …"] * (index.changes["set_aside"] > 20)
     return "\n".join([f"{index.how} ({', '.join(done) or 'nothing has changed'})", *skipped, *more])
 

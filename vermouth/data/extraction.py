@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backbone import Backbone, FeatureSettings, check_size
-from ..core import VermouthError, choose, fingerprint, in_batches
+from ..core import VermouthError, choose, file_digest, fingerprint, in_batches
 from .arrow import STORE_DTYPES, Plan, rounded, shards_in, short_digest, write_shard
 from ..diffusion import check_timesteps
 from ..images import image_tensor, read_image
@@ -85,8 +85,7 @@ def image_digest(item: Any, image: Any = None) -> str:  # 16 hexadecimal digits,
         if isinstance(source, (str, os.PathLike)):
             if not os.path.isfile(source):  # a pipe would wait for ever
                 return "unreadable"
-            with open(source, "rb") as f:
-                return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+            return file_digest(source)[:16]
         image = image_of(item) if image is None else image
         pixels = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else np.asarray(image)
     except (VermouthError, OSError):

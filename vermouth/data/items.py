@@ -9,7 +9,7 @@ __all__ = ['Item', 'show_rows']
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,9 +17,6 @@ from PIL import Image
 from ..core import VermouthError
 from .toybox import Toybox
 from ..images import read_image
-
-# %% ../../nbs/data/02_items.ipynb #c58ba012
-from matplotlib.figure import Figure
 
 # %% ../../nbs/data/02_items.ipynb #294729a8
 Source = str | Path | tuple[Toybox, int]
@@ -169,7 +166,7 @@ def show_rows(
     rows: Sequence[Sequence[Item]],  # lists of items
     names: Sequence[str],            # classes, by label
     columns: int = 8,                # classes to show
-) -> Figure:
+) -> Any:                            # a matplotlib Figure
     "The first item of each class, one row per list."
     import matplotlib.pyplot as plt  # slow to import, and needed for drawing only
 

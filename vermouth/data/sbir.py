@@ -9,6 +9,7 @@ __all__ = ['SketchSplit', 'load_sbir', 'show_split']
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,6 @@ from vermouth.data.items import (
     toy_items,
 )
 from ..images import SUFFIXES
-
-# %% ../../nbs/data/04_sbir.ipynb #b0097793
-from matplotlib.figure import Figure
 
 # %% ../../nbs/data/04_sbir.ipynb #5be74195
 @dataclass(frozen=True)
@@ -226,6 +224,6 @@ def load_sbir(
 def show_split(
     split: SketchSplit,  # any
     columns: int = 8,    # unseen classes to show
-) -> Figure:
+) -> Any:                # a matplotlib Figure
     "A query and a gallery photo of the first unseen classes."
     return show_rows((split.test_sketches, split.test_photos), split.unseen, columns)

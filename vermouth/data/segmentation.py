@@ -9,6 +9,7 @@ __all__ = ['class_names', 'MaskSplit', 'load_segmentation', 'show_masks']
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,6 @@ from .items import check_counts, check_files, check_root, read_lines
 from .masks import Coding, MaskItem, pair, readable_items
 from .toybox import LABELS, Toybox
 from ..images import SUFFIXES
-
-# %% ../../nbs/data/06_segmentation.ipynb #933335d3
-from matplotlib.figure import Figure
 
 # %% ../../nbs/data/06_segmentation.ipynb #1b7cebb4
 @dataclass(frozen=True)
@@ -303,7 +301,7 @@ def load_segmentation(
 def show_masks(
     items: Sequence[MaskItem],
     columns: int = 8,  # images to show
-) -> Figure:
+) -> Any:              # a matplotlib Figure
     "Images above, masks below; pixels that do not count are white."
     import matplotlib.pyplot as plt  # slow to import, and needed for drawing only
 
