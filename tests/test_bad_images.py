@@ -176,4 +176,4 @@ def test_a_shell_sees_one_sentence_for_a_bomb(tmp_path):
 
 def test_json_is_one_document(program, photos):
     photos[0].save(program.folder / "0.png")
-    assert set(program(*CLASSIFY)) == {"images", "set_aside"}
+    assert set(program(*CLASSIFY)) >= {"images", "set_aside"}

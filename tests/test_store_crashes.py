@@ -153,6 +153,7 @@ def test_a_worker_of_torchrun_is_killed_and_the_store_is_the_same(backbone, tmp_
         toy.image.save(photos / f"{i:03d}.png")
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
     options = ["--captioner", "none", "-p", "stages", "mid", "-p", "attention", "[]", "--batch-size", "8", "--json"]
+    options += ["--dtype", "float32"]
     words = [*launch, "-m", "vermouth.app.cli", "extract", str(photos), "--out", str(out), *options]
     command = [sys.executable, "-m", *words]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -166,9 +166,9 @@ def test_other_formats_are_refused(backbone, copy, tmp_path):
         with pytest.raises(VermouthError, match="made by 0.1: extract again"):
             refused()
     info = json.loads((copy / "dataset_info.json").read_text())
-    plan = json.loads(info["description"]) | {"version": 3, "more": 1}
+    plan = json.loads(info["description"]) | {"version": 4, "more": 1}
     arrow.put_sealed(copy / "dataset_info.json", {"description": json.dumps(plan)})
-    with pytest.raises(VermouthError, match="format 3, this version reads 2. Extract again"):
+    with pytest.raises(VermouthError, match="format 4, this version reads 3. Extract again"):
         FeatureStore(copy)
     Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "dataset")
     with pytest.raises(VermouthError, match="dataset_info.json is damaged"):

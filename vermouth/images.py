@@ -6,64 +6,310 @@
 __all__ = ['flatten', 'read_image', 'resize', 'image_tensor', 'image_batch', 'figure_image']
 
 # %% ../nbs/library/01_images.ipynb #c0be6089
+import ctypes
+import importlib.util
 import io
 import os
-from collections.abc import Iterable, Sequence, Sized
+import re
+import stat
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from numbers import Integral
-from pathlib import Path
-from typing import Any, TypeGuard, cast
+from pathlib import Path, PurePath
+from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from .core import VermouthError
+from .core import VermouthError, choose, write_atomic
+
+# %% ../nbs/library/01_images.ipynb #cc39ce8d
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")  # cameras' own
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
+    *(HEIF_SUFFIXES if HAS_HEIF else ()),
+)
+UNREAD_SUFFIXES = {*HEIF_SUFFIXES, *RAW_SUFFIXES, ".jxl", ".psd", ".svg", ".eps", ".xcf"} - {*SUFFIXES}
+
+# %% ../nbs/library/01_images.ipynb #92ab87d9
+JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
+
+
+def is_junk(name: str) -> bool:
+    "Return True for the name of a file or folder that no person has put there, and for hidden ones."
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def is_image_name(name: str) -> bool:
+    "Return True for the name of a file that a folder is searched for."
+    return not is_junk(name) and name.lower().endswith(SUFFIXES)
+
+# %% ../nbs/library/01_images.ipynb #3e9c0f94
+INSTALL_HEIF = "from the checkout run pip install -e '.[heif]'"
+
+
+def unread_kinds(
+    names: Iterable[str],  # of files
+) -> str:                  # "" if all images among them are of kinds that are read
+    "Return a sentence that counts the images of kinds that are not read, and says what to do."
+    found = Counter(PurePath(name).suffix.lower() for name in names if not is_junk(PurePath(name).name))
+    kinds = {suffix: count for suffix, count in sorted(found.items()) if suffix in UNREAD_SUFFIXES}
+    if not kinds:
+        return ""
+    counted = ", ".join(f"{count:,} {suffix} file{'s'[: count > 1]}" for suffix, count in kinds.items())
+    remedies = [f"{INSTALL_HEIF} for HEIC"] if {*kinds} & {*HEIF_SUFFIXES} else []
+    remedies += ["convert them to JPEG or PNG"] if {*kinds} - {*HEIF_SUFFIXES} else []
+    return f"{counted} not read: {'; '.join(remedies)}."
+
+# %% ../nbs/library/01_images.ipynb #1e25275b
+MAX_BYTES = 2**29  # of a file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for who writes it
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    "Return the bytes of a file. Raises VermouthError if it is no regular file or too large, and OSError."
+    with open(path, "rb", opener=_open_at_once) as f:
+        found = os.fstat(f.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise VermouthError("images: neither a file nor a folder. Give an image file, no pipe or device.")
+        if found.st_size > MAX_BYTES:
+            raise VermouthError(f"images: more than {MAX_BYTES:,} bytes. Shrink it first.")
+        return f.read(found.st_size)
 
 # %% ../nbs/library/01_images.ipynb #58600410
 MAX_PIXELS = 100_000_000  # larger images (decompression bombs) are refused before they are decoded
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # files that are looked for in folders
+MAX_SIDE = 1_000_000      # of an image; a line of 100 million pixels is no image
+HUNGRY = ("JPEG2000", "HEIF", "WEBP", "AVIF")  # their decoders take twice the memory of others: half as many pixels
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
 
-Image.init()                   # registers the formats
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own warning would come first and name no remedy
+Image.init()  # registers the formats
 
 # %% ../nbs/library/01_images.ipynb #f04e4619
 def _check_pixels(im: Image.Image) -> None:
     "Raises VermouthError for an image of more than `MAX_PIXELS` pixels."
-    if im.width * im.height > MAX_PIXELS:
-        raise VermouthError(f"images: {im.width}×{im.height} pixels, more than {MAX_PIXELS:,}. Shrink it first.")
+    most = MAX_PIXELS // 2 if im.format in HUNGRY else MAX_PIXELS
+    if im.width * im.height > most or max(im.size) > MAX_SIDE:
+        raise VermouthError(f"images: {im.width}×{im.height} pixels, more than {most:,}. Shrink it first.")
 
-# %% ../nbs/library/01_images.ipynb #2110fc33
-def open_image(
-    path: str | os.PathLike,  # a file of one of `FORMATS`, whatever its name
-) -> Image.Image:             # to be closed by the caller; not decoded yet
-    "Return an image of which only the header was read. Raises what Pillow raises, or VermouthError if it is too large."
-    im = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
-    try:
-        _check_pixels(im)
-    except VermouthError:
-        im.close()
-        raise
+# %% ../nbs/library/01_images.ipynb #eb1add47
+MAX_SECONDS = 20             # of the processor, to read one image
+MAX_SCANNED = 2_000_000_000  # pixels that the scans of a JPEG file go over: 20 times the largest image
+
+
+class _Bytes(io.BytesIO):
+    "Bytes that are read for `MAX_SECONDS` at most."
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self.end = time.thread_time() + MAX_SECONDS
+
+    def read(self, *args: Any) -> bytes:
+        if time.thread_time() > self.end:
+            raise VermouthError(f"images: reading it takes more than {MAX_SECONDS} s. Save it anew.")
+        return super().read(*args)
+
+# %% ../nbs/library/01_images.ipynb #5670625a
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # among a JPEG's pixels, FF 00 and FF D0 … D7 are none
+
+
+def jpeg_scans(data: bytes) -> int:
+    "Return the number of scans of a JPEG file, which is 1 unless it is progressive."
+    at, scans = 2, 0
+    while found := MARKER.search(data, at):
+        kind = found[1][0]
+        if kind == 0xD9 or found.end() + 2 > len(data):  # the end
+            break
+        scans += kind == 0xDA
+        at = found.end() + (0 if kind in (0x01, 0xD8) else int.from_bytes(data[found.end() : found.end() + 2]))
+    return scans
+
+# %% ../nbs/library/01_images.ipynb #569e6dea
+PNG_PARTS = 1_000_000  # of which that many are looked at
+TURNING = (b"XML:com.adobe.xmp", b"Raw profile type")  # keywords of texts that may hold an orientation
+
+
+def png_without_texts(data: bytes) -> bytes:
+    "Return a PNG file without its texts and colour profile. What is damaged stays as it is."
+    kept, at, start = [], 8, 0  # from `start` on, all is kept
+    for _ in range(PNG_PARTS):
+        if at + 8 > len(data):
+            break
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"iCCP" or kind in (b"tEXt", b"zTXt", b"iTXt") and not data[at + 8 : at + 32].startswith(TURNING):
+            kept.append(data[start:at])
+            start = at + 12 + size
+        at += 12 + size
+    return b"".join([*kept, data[start:]])
+
+# %% ../nbs/library/01_images.ipynb #b43f4c05
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+def _header(data: bytes) -> Image.Image:
+    "Return an image of which only the header was read. Raises what Pillow raises."
+    kinds = [Image.OPEN[kind] for kind in FORMATS if kind in Image.OPEN]
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[8:64]:
+        if not HAS_HEIF:
+            raise VermouthError(f"images: a HEIC image. To read it, {INSTALL_HEIF}, or convert it to JPEG.")
+        from pillow_heif import HeifImageFile
+
+        kinds = [(HeifImageFile, None)]
+    for factory, accept in kinds:
+        try:
+            if not accept or accept(data[:16]) is True:
+                return factory(_Bytes(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # of another format
+    raise UnidentifiedImageError("not an image of a kind that is read")
+
+# %% ../nbs/library/01_images.ipynb #565d7f17
+def _checked_header(data: bytes) -> Image.Image:
+    "Return an image of which only the header was read. Raises what Pillow raises, and VermouthError for a bomb."
+    im = _header(png_without_texts(data) if data.startswith(b"\x89PNG\r\n\x1a\n") else data)
+    _check_pixels(im)
+    if data.startswith(b"\xff\xd8") and (scans := jpeg_scans(data)) * im.width * im.height > MAX_SCANNED:
+        raise VermouthError(f"images: a JPEG file of {scans:,} scans. Save it anew.")
     return im
 
+# %% ../nbs/library/01_images.ipynb #647c6aa0
+class Room:
+    "Pixels that threads share. A thread takes some, works, and gives them back; it must not ask twice."
+
+    def __init__(self, pixels: int):
+        self.free, self.changed = pixels, threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        "Wait until that many are free, and hold them."
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify_all()
+
+# %% ../nbs/library/01_images.ipynb #82111131
+LARGE_FILE = 2**24  # bytes
+_rooms: dict[str, Room] = {}
+
+
+def _new_rooms() -> None:
+    _rooms.update(pixels=Room(MAX_PIXELS), files=Room(1))
+
+
+_new_rooms()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_rooms)  # a thread that held some is not in the child
+
+# %% ../nbs/library/01_images.ipynb #c93e7e46
+@contextmanager
+def file_bytes(path: str | os.PathLike) -> Iterator[bytes]:
+    "Give the bytes of a file, as `read_bytes`; while they are in use, no other thread gets those of another large one."
+    with _rooms["files"].take(int(os.stat(path).st_size > LARGE_FILE)):
+        yield read_bytes(path)
+
+# %% ../nbs/library/01_images.ipynb #3ebd9cdf
+LARGE_IMAGE = 2**25  # pixels
+
+
+def return_memory() -> None:
+    "Give freed memory back to the system, where the C library is glibc."
+    with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+# %% ../nbs/library/01_images.ipynb #2110fc33
+@contextmanager
+def open_image(
+    source: str | os.PathLike | bytes,  # a file of one of `FORMATS`, whatever its name; or its bytes
+) -> Iterator[Image.Image]:             # not decoded yet
+    "Give an image of which only the header was read. Raises what Pillow raises, and VermouthError if it is too large."
+    if not isinstance(source, bytes):
+        with file_bytes(source) as data, open_image(data) as im:
+            yield im
+        return
+    im = _checked_header(source)
+    with _rooms["pixels"].take(im.width * im.height), im:
+        if im.width * im.height > LARGE_IMAGE:
+            return_memory()
+        yield im
+
+# %% ../nbs/library/01_images.ipynb #ac248f47
+TILE = 2048  # pixels of a tile's side
+
+
+def _tiles(im: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    "Yield the tiles of an image and where they lie."
+    for top in range(0, im.height, TILE):
+        for left in range(0, im.width, TILE):
+            box = left, top, min(left + TILE, im.width), min(top + TILE, im.height)
+            yield box, im if box == (0, 0, *im.size) else im.crop(box)
+
 # %% ../nbs/library/01_images.ipynb #6697a795
-def _eight_bits(
-    im: Image.Image,  # any mode
-) -> Image.Image:     # the same, or 8-bit grey where it was deeper
-    "Return an image of at most 8 bits per channel. Raises VermouthError if its values are in none of the usual ranges."
-    if not im.mode.startswith(("I", "F")):
-        return im  # 16-bit greys come as I;16 or I
-    grey = np.asarray(im, dtype=np.float64)
-    if not np.isfinite(grey).all():
-        raise VermouthError("images: it has NaN or infinite pixels. Clean it first.")
-    low, high = grey.min(initial=0), grey.max(initial=0)
+def _deep_scale(
+    im: Image.Image,  # of mode I, I;16 or F
+) -> float:           # what the image's values are divided by to be in [0,1]
+    "Return the range of a deep image. Raises VermouthError if its values are in none of the usual ones."
+    low, high = np.inf, -np.inf
+    for _, tile in _tiles(im):
+        values = np.asarray(tile)
+        if not np.isfinite(values).all():
+            raise VermouthError("images: it has NaN or infinite pixels. Clean it first.")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
     scales = (1, 255, 65535) if im.mode == "F" else (255, 65535)
     scale = next((scale for scale in scales if high <= scale), None)
     if low < 0 or scale is None:
         raise VermouthError(f"images: its pixels go from {low:.6g} to {high:.6g}. Scale them to 0…1, 0…255 or 0…65535.")
-    return Image.fromarray((grey * (255 / scale)).round().astype(np.uint8))
+    return scale
+
+# %% ../nbs/library/01_images.ipynb #8e30c648
+def _flat_tile(
+    tile: Image.Image,    # any mode
+    mode: str,            # Pillow mode of the result
+    scale: float | None,  # of values of more than 8 bits
+) -> Image.Image:
+    "Return a tile with 8 bits per channel, transparency on white."
+    if scale is not None:
+        grey = np.asarray(tile, dtype=np.float64)
+        tile = Image.fromarray((grey * (255 / scale)).round().astype(np.uint8))
+    if tile.has_transparency_data:
+        tile = tile.convert("RGBA")
+        tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+    return tile.convert(mode)
+
+# %% ../nbs/library/01_images.ipynb #e8c8aabc
+TURNS = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(im: Image.Image) -> Image.Transpose | None:  # what makes it upright
+    "Return what the EXIF orientation of a decoded image asks for; None for a tag that is missing, odd or damaged."
+    try:
+        return TURNS.get(cast(int, im.getexif().get(ExifTags.Base.Orientation)))
+    except Exception:  # Pillow raises many types of exceptions for damaged bytes
+        return None
 
 # %% ../nbs/library/01_images.ipynb #775ad0aa
 def flatten(
@@ -73,56 +319,113 @@ def flatten(
     "Return the image upright, with 8 bits per channel, transparency on white. Raises VermouthError if that fails."
     _check_pixels(im)
     try:
-        if im.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            im = ImageOps.exif_transpose(im)
-        im = _eight_bits(im)
-        if im.has_transparency_data:
-            im = im.convert("RGBA")
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return im.convert(mode)
+        im.load()
+        turn = _turn(im)
+        if type(im) is Image.Image and im.mode == mode and turn is None and not im.has_transparency_data:
+            return im
+        scale = _deep_scale(im) if im.mode.startswith(("I", "F")) else None  # 16-bit greys come as I;16 or I
+        flat = Image.new(mode, im.size)
+        for box, tile in _tiles(im):
+            flat.paste(_flat_tile(tile, mode, scale), box)
+        return flat if turn is None else flat.transpose(turn)
     except VermouthError:
         raise
     # a file that Pillow opened and has not decoded yet may be damaged, or of a mode that does not convert to RGB
     except Exception as e:
         raise VermouthError(f"images: it cannot be read ({e}). Replace the file or leave it out.") from e
 
+# %% ../nbs/library/01_images.ipynb #74641eb9
+@contextmanager
+def explained(
+    name: str = "",  # of the image, for the message
+) -> Iterator[None]:
+    "Raises VermouthError, which names the image, for whatever reading it raises."
+    head = f"image={name!r}: " if name else "images: "
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise VermouthError(f"{head}no such file. Check the path.") from e
+    except UnidentifiedImageError as e:
+        raise VermouthError(f"{head}not an image Pillow can read. Convert it to PNG or JPEG.") from e
+    except VermouthError as e:
+        raise VermouthError(f"{head}{str(e).removeprefix('images: ')}") from e
+    except Exception as e:  # Pillow raises many types of exceptions for damaged bytes
+        raise VermouthError(f"{head}cannot be read ({e}). Replace the file or leave it out.") from e
+
 # %% ../nbs/library/01_images.ipynb #74dce23e
 def read_image(
-    path: str | os.PathLike,  # a file of one of `FORMATS`; of an animation, the first frame
-    mode: str = "RGB",        # Pillow mode of the result
+    path: str | os.PathLike | bytes,  # a file of one of `FORMATS`, or its bytes; of an animation, the first frame
+    mode: str = "RGB",                # Pillow mode of the result
 ) -> Image.Image:
     "Return one upright image from a file. Raises VermouthError if the file is missing, not an image, or damaged."
-    try:
-        with open_image(path) as im:
-            return flatten(im, mode)
-    except FileNotFoundError as e:
-        raise VermouthError(f"image={str(path)!r}: no such file. Check the path.") from e
-    except UnidentifiedImageError as e:
-        raise VermouthError(f"image={str(path)!r}: not an image Pillow can read. Convert it to PNG or JPEG.") from e
-    except VermouthError as e:
-        raise VermouthError(f"image={str(path)!r}: {str(e).removeprefix('images: ')}") from e
-    except Exception as e:  # Pillow raises many types of exceptions for damaged bytes
-        raise VermouthError(f"image={str(path)!r}: cannot be read ({e}). Replace the file or leave it out.") from e
+    with explained("" if isinstance(path, bytes) else str(path)), open_image(path) as im:
+        return flatten(im, mode)
 
-# %% ../nbs/library/01_images.ipynb #8eb653b5
-def _check_image(
+# %% ../nbs/library/01_images.ipynb #9471d2e9
+def pixel_count(data: bytes) -> int:  # width × height; 0 if it cannot be read
+    "Return the number of pixels of an image file, from its header."
+    try:
+        with _checked_header(data) as im:
+            return im.width * im.height
+    except Exception:  # reading the image says why
+        return 0
+
+# %% ../nbs/library/01_images.ipynb #b8fbb296
+ValueRange = tuple[float, float]  # (-1, 1), (0, 1) or (0, 255)
+VALUE_RANGES = ((-1, 1), (0, 1), (0, 255))
+
+# %% ../nbs/library/01_images.ipynb #b4452d0e
+def _check_shape(
     image: Tensor,  # (3,H,W)
-) -> Tensor:        # the same, float32
-    "Return a float32 image. Raises VermouthError for a tensor that cannot be an image in [-1,1]."
+    whole: bool,    # whole numbers are fine too
+) -> None:
+    "Raises VermouthError for a tensor that cannot be an image."
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise VermouthError(
             f"images: a tensor of shape {tuple(image.shape)} is not an image. Pass (3, H, W) or (B, 3, H, W)."
         )
-    if not image.is_floating_point():
+    if not image.is_floating_point() and (not whole or image.is_complex()):
         raise VermouthError(
-            f"images: a tensor of {image.dtype}. Scale it to floats in [-1, 1]; "
+            f"images: a tensor of {image.dtype}. Scale it to floats in [-1, 1], or pass value_range=(0, 255); "
             "uint8 is taken as a NumPy array (H, W, 3)."
         )
     if not torch.isfinite(image).all():
         raise VermouthError("images: a tensor with NaN or infinite values. Clean it before it is encoded.")
-    if image.abs().max() > 1.01:
-        raise VermouthError(f"images: a tensor with values up to {image.abs().max():.3g}. Scale it to [-1, 1].")
-    return image.float()
+
+# %% ../nbs/library/01_images.ipynb #8eb653b5
+def _from_range(
+    image: Tensor,                   # (3,H,W)
+    value_range: ValueRange | None,  # None stands for (-1, 1)
+) -> Tensor:                         # (3,H,W) float32 in [-1,1]
+    "Return an image in [-1,1]. Raises VermouthError for a tensor that cannot be an image of this range."
+    if value_range is not None and tuple(value_range) not in VALUE_RANGES:
+        raise VermouthError(f"value_range={value_range!r}: unknown. Pass (-1, 1), (0, 1) or (0, 255).")
+    low, high = value_range or (-1, 1)
+    _check_shape(image, whole=high == 255)
+    found = float(image.min()), float(image.max())
+    slack = (high - low) / 200
+    if found[0] < low - slack or found[1] > high + slack:
+        raise VermouthError(
+            f"images: a tensor with values from {found[0]:.3g} to {found[1]:.3g}. Scale it to [{low}, {high}], "
+            "or pass value_range=(0, 1) or (0, 255)."
+        )
+    return image.float() if low == -1 else image.float() * (2 / high) - 1
+
+# %% ../nbs/library/01_images.ipynb #57965e00
+def _check_range(
+    images: Iterable[Any],  # as the caller gave them, without a range
+) -> None:
+    "Raises VermouthError if the tensors among them are in [0,1] as they look."
+    several = [images] if isinstance(images, Tensor) else images
+    tensors = [im for im in several if isinstance(im, Tensor) and im.is_floating_point() and im.numel()]
+    if not tensors:
+        return
+    low, high = min(float(x.min()) for x in tensors), max(float(x.max()) for x in tensors)
+    if low >= 0 and 0.5 < high <= 1.01:
+        raise VermouthError(
+            f"images: tensors with values from {low:.3g} to {high:.3g}, which look like [0, 1] and would be read "
+            "as [-1, 1]. Pass value_range=(0, 1), or (-1, 1) if that is what they are."
+        )
 
 # %% ../nbs/library/01_images.ipynb #867da711
 def _height_width(
@@ -147,16 +450,90 @@ def resize(
         return image
     return transforms.resize(image, list(sides), antialias=True)
 
+# %% ../nbs/library/01_images.ipynb #c83cd25b
+STRIP = 2**22  # pixels, about
+
+
+def _to_floats(
+    im: Image.Image,  # RGB
+) -> Tensor:          # (3,H,W) float32 in [-1,1]
+    return torch.from_numpy(np.array(im)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def _resize_strips(
+    im: Image.Image,                          # RGB
+    size: int | tuple[int, int],              # as for `resize`
+    to_tensor: Callable[[Image.Image], Tensor],
+    filter: transforms.InterpolationMode,
+) -> Tensor:                                  # (3,H',W')
+    "Return an image as a tensor of another size, without the whole tensor in memory."
+    height, width = _height_width(size)
+    rows = max(1, STRIP // im.width)
+    boxes = [(0, top, im.width, min(top + rows, im.height)) for top in range(0, im.height, rows)]
+    sides = [[box[3] - box[1], width] for box in boxes]
+    strips = [transforms.resize(to_tensor(im.crop(b)), s, filter, antialias=True) for b, s in zip(boxes, sides)]
+    whole = transforms.resize(torch.cat(strips, 1), [height, width], filter, antialias=True)
+    return whole.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last in memory, as every image
+
+# %% ../nbs/library/01_images.ipynb #c7a86c9c
+def _resized_image(
+    im: Image.Image,                     # RGB
+    size: int | tuple[int, int] | None,  # as for `resize`
+) -> Tensor:                             # (3,H',W') float32 in [-1,1]
+    if size is None or im.width * im.height <= STRIP:
+        return resize(_to_floats(im), size)
+    return _resize_strips(im, size, _to_floats, transforms.InterpolationMode.BILINEAR)
+
+
+def bicubic_image(
+    im: Image.Image,              # RGB
+    size: int | tuple[int, int],  # as for `resize`
+) -> Image.Image:
+    "Return the image as torchvision's bicubic filter for uint8 tensors makes it; the aspect ratio is not kept."
+
+    def whole_numbers(part: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+    small = _resize_strips(im, size, whole_numbers, transforms.InterpolationMode.BICUBIC)
+    return Image.fromarray(small.permute(1, 2, 0).numpy())
+
+# %% ../nbs/library/01_images.ipynb #0a9455fb
+FITS = ("squash", "crop")  # ways to make an image square
+AnyImage = TypeVar("AnyImage", Image.Image, Tensor)
+
+
+def centre_crop(
+    image: AnyImage,              # RGB, or (3,H,W) in [-1,1]
+    size: int | tuple[int, int],  # side, or (height, width), in pixels
+) -> AnyImage:                    # of that size
+    "Return the middle of an image whose shorter side was resized, bicubically, to just hold it."
+    (height, width), (tall, wide) = _height_width(size), transforms.get_size(image)
+    ratio = max(height / tall, width / wide)
+    sides = [max(height, int(tall * ratio)), max(width, int(wide * ratio))]
+    resized = transforms.resize(image, sides, interpolation=transforms.InterpolationMode.BICUBIC)
+    middle: Any = transforms.center_crop(resized, [height, width])
+    if isinstance(middle, Tensor):
+        middle = middle.clamp(-1, 1)  # the filter goes beyond the image's values
+    return middle
+
 # %% ../nbs/library/01_images.ipynb #c478ad32
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor  # what one image may be given as
 Images = ImageLike | Iterable[ImageLike]                           # one image or several
 
 # %% ../nbs/library/01_images.ipynb #23647732
 def image_tensor(
-    image: ImageLike,                           # path, PIL image, uint8 array (H,W,3), or tensor (3,H,W) in [-1,1]
+    image: ImageLike,                           # path, PIL image, uint8 array (H,W,3), or tensor (3,H,W)
     size: int | tuple[int, int] | None = None,  # resize to this side, or to (height, width); None keeps the size
+    value_range: ValueRange | None = None,      # of a tensor: (-1, 1), (0, 1) or (0, 255); None: refuse a likely (0, 1)
+    fit: str = "squash",                        # or "crop": keep the aspect ratio and the middle, as `centre_crop`
 ) -> Tensor:                                    # (3,H,W) float32 in [-1,1]
     "Return one image as a tensor in [-1,1]. Raises VermouthError if it is not an image."
+    crop = choose("fit", fit, FITS) == "crop"
+    if isinstance(image, Tensor):
+        x = _from_range(image, value_range)
+        if value_range is None:
+            _check_range([image])
+        return centre_crop(x, size) if crop and size else resize(x, size)
     if isinstance(image, (str, os.PathLike)):
         image = read_image(image)
     if isinstance(image, np.ndarray):
@@ -165,14 +542,15 @@ def image_tensor(
                 f"images: an array of {image.dtype} and shape {image.shape}. Pass uint8 of shape (H, W, 3)."
             )
         image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        image = torch.from_numpy(np.array(flatten(image))).permute(2, 0, 1).float() / 127.5 - 1
-    if not isinstance(image, Tensor):
+    if not isinstance(image, Image.Image):
         raise VermouthError(
             f"images: {type(image).__name__} {str(image)[:40]!r} is not an image. "
             "Pass paths, PIL images, uint8 arrays or tensors."
         )
-    return resize(_check_image(image), size)
+    image = flatten(image)
+    if not image.width * image.height:
+        raise VermouthError(f"images: {image.width}×{image.height} pixels. Pass an image that has some.")
+    return _to_floats(centre_crop(image, size)) if crop and size else _resized_image(image, size)
 
 # %% ../nbs/library/01_images.ipynb #e72c0117
 def is_single(images: Images) -> TypeGuard[ImageLike]:
@@ -180,27 +558,43 @@ def is_single(images: Images) -> TypeGuard[ImageLike]:
     return isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
 
 # %% ../nbs/library/01_images.ipynb #0d45bb1f
-def image_list(images: Images) -> Sequence[ImageLike]:  # or a batch, which has a length and slices too
+def image_list(
+    images: Images,
+    value_range: ValueRange | None = None,  # of tensors; None: refuse a likely (0, 1)
+) -> Sequence[ImageLike]:                   # or a batch, which has a length and slices too
     "Return one image or several as a list. Raises VermouthError if there are none."
+    several: Any = images
     if is_single(images) or not isinstance(images, Iterable):
-        return [images]
-    several = images if isinstance(images, Sized) else list(images)
+        several = [images]
+    elif not isinstance(images, Sized):
+        several = list(images)
     if not len(several):
         raise VermouthError("images: an empty list. Pass at least one image.")
+    if value_range is None:
+        _check_range(several)
     return cast(Sequence[ImageLike], several)
 
 # %% ../nbs/library/01_images.ipynb #0e3b0434
 def image_batch(
-    images: Images,                             # one image or several, as for `image_tensor`, or (B,3,H,W) in [-1,1]
+    images: Images,                             # one image or several, as for `image_tensor`, or (B,3,H,W)
     size: int | tuple[int, int] | None = None,  # resize to this side, or to (height, width); None keeps a common size
+    value_range: ValueRange | None = None,      # of tensors: (-1, 1), (0, 1) or (0, 255); None: refuse a likely (0, 1)
+    fit: str = "squash",                        # or "crop", as for `image_tensor`
 ) -> Tensor:                                    # (B,3,H,W) float32 in [-1,1]
     "Return images as one batch. Raises VermouthError if one is not an image, there are none, or their sizes differ."
-    batch = [image_tensor(im, size) for im in image_list(images)]
+    listed = image_list(images, value_range)
+    batch = [image_tensor(im, size, value_range or (-1, 1), fit) for im in listed]
     sizes = {tuple(x.shape[-2:]) for x in batch}
     if len(sizes) > 1:
-        listed = ", ".join(f"{h}×{w}" for h, w in sorted(sizes)[:4])
-        raise VermouthError(f"images: sizes differ ({listed}). Give size=, or pass images of one size.")
+        shown = ", ".join(f"{h}×{w}" for h, w in sorted(sizes)[:4])
+        raise VermouthError(f"images: sizes differ ({shown}). Give size=, or pass images of one size.")
     return torch.stack(batch)
+
+# %% ../nbs/library/01_images.ipynb #206e477b
+def small_copy(im: Image.Image) -> Image.Image:
+    "Return an image that is kept for its look only, averaged over squares of pixels; its sides stay above 512."
+    times = min(im.size) // 512
+    return im.reduce(times) if times > 1 else im
 
 # %% ../nbs/library/01_images.ipynb #488949da
 def figure_image(
@@ -217,5 +611,6 @@ def figure_image(
     plt.close(figure)  # or Jupyter displays it a second time
     small = Image.open(buffer).convert("RGB").quantize(colours)
     if path is not None:
-        small.save(path, optimize=True)
+        small.save(png := io.BytesIO(), "PNG", optimize=True)
+        write_atomic(path, png.getvalue())
     return small

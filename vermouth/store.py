@@ -25,9 +25,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, FeatureSettings, prompt_list
-from .core import VermouthError, file_digest
+from .core import VermouthError, choose, file_digest
 from .data import arrow
-from .data.extraction import Job, check_disk, checked, items_digest, make_plan, make_shards, store_key
+from vermouth.data.extraction import (
+    Job,
+    check_disk,
+    check_views,
+    checked,
+    items_digest,
+    make_plan,
+    make_shards,
+    store_key,
+    view_of,
+)
+from .images import ValueRange
 from .text import Captioner
 
 # %% ../nbs/library/12_store.ipynb #0a89d543
@@ -47,7 +58,9 @@ class FeatureStore:
         self.out, self.verify, self.plan = Path(out), verify, arrow.read_plan(Path(out))
         arrow.check_expected(self.out, self.plan, expect or {})
         self.state, self.settings = arrow.read_state(self.out, self.plan), self.plan.settings
-        self.files, self.shapes = self.state["_data_files"], [tuple(s) for s in self.plan.maps.values()]  # (C,h,w) each
+        self.files, self.views = self.state["_data_files"], tuple(self.settings["views"])
+        self.maps = {view: [i for i, name in enumerate(self.plan.maps) if view_of(name) == view] for view in self.views}
+        self.shapes = [tuple(list(self.plan.maps.values())[i]) for i in self.maps["plain"]]  # (C,h,w) each
         self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
         self.opened: dict[int, tuple[pa.RecordBatch, list[np.ndarray]]] = {}
         self.compared: set[int] = set()
@@ -137,8 +150,10 @@ def _shard(self: FeatureStore, k: int) -> tuple[pa.RecordBatch, list[np.ndarray]
 def batch(
     self: FeatureStore,
     indices: Sequence[int],  # B of them in any order, negative ones from the end
+    view: str = "plain",     # one of `views`
 ) -> list[Tensor]:           # (B,C,h,w) per level, copied out of the files
-    "Return the maps of several items."
+    "Return the maps of several items. Raises VermouthError for a view that is not stored."
+    of_view = self.maps[choose("view", view, self.views)]
     where = np.asarray(indices, dtype=np.int64).reshape(-1)
     if len(where) and not -len(self) <= where.min() <= where.max() < len(self):
         raise IndexError(f"items {where.min()} … {where.max()} of a store of {len(self)}")
@@ -147,7 +162,8 @@ def batch(
     levels = [np.empty((len(where), *shape), np.int16) for shape in self.shapes]  # NumPy asks for huge pages
     for k in np.unique(home):
         rows = np.flatnonzero(home == k)
-        for level, mapped in zip(levels, self._shard(k)[1], strict=True):
+        maps = self._shard(k)[1]
+        for level, mapped in zip(levels, [maps[i] for i in of_view], strict=True):
             for row, i in zip(rows, where[rows] - self.starts[k], strict=True):
                 level[row] = mapped[i]
     return [torch.from_numpy(level).view(self.plan.dtype) for level in levels]
@@ -272,6 +288,9 @@ def extract(
     dtype: str = "float16",  # or "bfloat16", of the stored numbers
     quiet: bool = False,  # no progress bar, nothing printed
     shard_of: tuple[int, int] | None = None,  # k, n: only every n-th shard from the k-th; None: as a launcher says
+    fit: str = "squash",  # or "crop": bicubic resize of the short side, then the middle; the aspect ratio is kept
+    views: Sequence[str] = ("plain",),  # and "flip": from left to right, for `FeatureStore.batch(..., view="flip")`
+    value_range: ValueRange | None = None,  # of items that are tensors, as for `images.image_batch`
     **settings: Any,     # as for `Backbone.features`: timesteps, stages, attention, noise, seed, trajectory, ddim_steps
 ) -> FeatureStore:       # None if `shard_of` is given and other shards are still missing
     "Store the features of many images. Raises VermouthError for a stale, foreign or busy folder and a full disk."
@@ -284,8 +303,11 @@ def extract(
     if not 0 <= k < n:
         raise VermouthError(f"shard_of={(k, n)}: pass a number from 0, and of how many processes it is one.")
     prompts, quiet = None if prompts is None else prompt_list(prompts, len(items)), quiet or k > 0
-    key = store_key(backbone, prompts, captioner, expert, size, dtype, **settings)
-    job = Job(backbone, items, Path(out), prompts, captioner, expert, size, batch_size, key, settings)
+    if fit == "crop" and size is None:
+        raise VermouthError("fit='crop': to which size? Pass size=.")
+    how: dict[str, Any] = {"fit": fit, "views": check_views(views), "value_range": value_range}
+    key = store_key(backbone, prompts, captioner, expert, size, dtype, **how, **settings)
+    job = Job(backbone, items, Path(out), prompts, captioner, expert, size, batch_size, key, settings, **how)
     with write_lock(job.out, alone=n == 1):
         store = fill(job, shard_size, k, n, not shard_of, quiet)
     if store and store.skipped and not quiet:

@@ -93,13 +93,13 @@ def _tune(index: Any, ids: np.ndarray, read: Callable) -> float:
         index.nprobe *= 2
 
 # %% ../../nbs/app/03_database.ipynb #33d59d2b
-FILE, FORMAT, APPLICATION = "index.sqlite", 2, int.from_bytes(b"Vmth")  # format 1, in JSON, was that of version 0.1
+FILE, FORMAT, APPLICATION = "index.sqlite", 3, int.from_bytes(b"Vmth")  # format 1, in JSON, was that of version 0.1
 COLUMNS = "path, sha256, width, height, reason, vector, thumbnail"
 SCHEMA = [
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
-    "CREATE TABLE photos (id INTEGER PRIMARY KEY, path TEXT, size INTEGER, mtime_ns INTEGER, sha256 TEXT, "
-    "width INTEGER, height INTEGER, reason TEXT, vector BLOB, thumbnail BLOB, seal TEXT)",
-    "CREATE INDEX listing ON photos (path, size, mtime_ns, sha256, reason)",
+    "CREATE TABLE photos (id INTEGER PRIMARY KEY, path TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, "
+    "sha256 TEXT, width INTEGER, height INTEGER, reason TEXT, vector BLOB, thumbnail BLOB, seal TEXT)",
+    "CREATE INDEX listing ON photos (path, size, mtime_ns, ctime_ns, sha256, reason)",
     "CREATE INDEX digests ON photos (sha256)",
 ]
 OURS = re.compile(r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([0-9a-f]{64})|new)\.faiss")
@@ -210,6 +210,8 @@ def read_vectors(db: sqlite3.Connection, ids: np.ndarray) -> np.ndarray:  # (N,D
 KINDS = {
     "model": str,        # the name of the model that made it
     "fingerprint": str,  # of this model
+    "source": str,       # what `vermouth.model.open_model` makes it from
+    "misfit": str,       # why the photos are not what the model was made for; empty where they are
     "folder": str,       # where the photos lay
     "last": int,         # the last row that counts
     "count": int,        # vectors

@@ -12,26 +12,38 @@ import io
 import os
 import stat
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 from PIL import Image
 from tqdm import tqdm
 
 from ..core import VermouthError
-from ..images import MAX_PIXELS, SUFFIXES, read_image
+from vermouth.images import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    explained,
+    is_image_name,
+    is_junk,
+    pixel_count,
+    read_bytes,
+    read_image,
+    unread_kinds,
+)
 
 # %% ../../nbs/app/00_files.ipynb #477e7c35
 class Photo(NamedTuple):
-    "A file, and what tells at little cost whether it has changed."
+    "A file, and what tells at little cost whether it has changed; a clock may be moved back, for equality counts."
 
-    path: str   # below the folder, with forward slashes
-    size: int   # bytes
-    mtime: int  # nanoseconds; compared for equality only, so that a clock may be moved back
+    path: str       # below the folder, with forward slashes
+    size: int = 0   # bytes
+    mtime: int = 0  # when its bytes were changed, in nanoseconds; anybody can set it
+    ctime: int = 0  # when anything of it was changed; the system sets it
 
 # %% ../../nbs/app/00_files.ipynb #abdc25c5
 def _skip_reason(path: str, root: str, mode: int) -> str:  # empty for a folder, or a link to a file found by itself
@@ -45,10 +57,10 @@ def _skip_reason(path: str, root: str, mode: int) -> str:  # empty for a folder,
 
 # %% ../../nbs/app/00_files.ipynb #1b5125e4
 def photos_below(
-    folder: str | Path,                          # walked with its sub-folders; hidden files and folders are left out
+    folder: str | Path,                          # walked with its sub-folders, without hidden ones and junk
 ) -> tuple[list[Photo], list[tuple[str, str]]]:  # photos by path; what else is named like one, and why it is skipped
-    "Return the files that are named like images, sorted. Raises VermouthError if there is no such folder."
-    root, photos, skipped = os.path.realpath(folder), [], []
+    "Return the files named like images, sorted; warn of kinds that are not read. Raises VermouthError for no folder."
+    root, photos, skipped, others = os.path.realpath(folder), [], [], []
     if not os.path.isdir(root):
         raise VermouthError(f"folder={str(folder)!r}: no such folder. Give one with photos in it.")
 
@@ -59,18 +71,21 @@ def photos_below(
         skip(e.filename, f"cannot be opened ({e.strerror})")
 
     for parent, folders, files in os.walk(root, onerror=closed):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for file in folders + [f for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES)]:
+        folders[:] = [f for f in folders if not is_junk(f)]
+        others += files
+        for file in folders + [f for f in files if is_image_name(f)]:
             path = os.path.join(parent, file)
             try:
                 found = os.lstat(path)
                 if stat.S_ISREG(found.st_mode):
                     relative = Path(path).relative_to(root).as_posix()
-                    photos.append(Photo(relative, found.st_size, found.st_mtime_ns))
+                    photos.append(Photo(relative, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
                 elif reason := _skip_reason(path, root, found.st_mode):
                     skip(path, reason)
             except OSError as e:
                 closed(e)  # removed in the meantime, for one
+    if sentence := unread_kinds(others):
+        warnings.warn(f"folder={str(folder)!r}: {sentence}", stacklevel=2)
     return sorted(photos), sorted(skipped)
 
 # %% ../../nbs/app/00_files.ipynb #0db6e795
@@ -88,26 +103,16 @@ def inside(
         raise VermouthError(f"path={path!r}: leads out of the folder of photos. Give one that the index holds.")
     return Path(resolved)
 
-# %% ../../nbs/app/00_files.ipynb #92513b04
-MAX_BYTES = 2**30  # of a photo's file
-
 # %% ../../nbs/app/00_files.ipynb #a231c84e
 def read_photo(
     folder: str | Path,  # of photos
     path: str,           # relative to it
 ) -> bytes:
     "Return the bytes of a photo. Raises VermouthError if it lies outside, is no file or too large, and OSError."
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that was put there must not be waited for
-
-    with open(inside(folder, path), "rb", opener=opener) as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            raise VermouthError("neither a file nor a folder")
-        data = f.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise VermouthError(f"more than {MAX_BYTES:,} bytes. Shrink it first.")
-    return data
+    try:
+        return read_bytes(inside(folder, path))
+    except VermouthError as e:
+        raise VermouthError(str(e).removeprefix("images: ")) from e
 
 # %% ../../nbs/app/00_files.ipynb #72d3ab74
 def decode_photo(
@@ -115,9 +120,9 @@ def decode_photo(
 ) -> Image.Image:  # RGB, upright
     "Return the image. Raises VermouthError with a few words on what is wrong with it."
     try:
-        return read_image(source := io.BytesIO(data))
+        return read_image(data)
     except VermouthError as e:
-        raise VermouthError(str(e).removeprefix(f"image={str(source)!r}: ")) from e
+        raise VermouthError(str(e).removeprefix("images: ")) from e
 
 # %% ../../nbs/app/00_files.ipynb #f0ebf9b6
 def thumbnail(
@@ -133,6 +138,25 @@ def thumbnail(
 # %% ../../nbs/app/00_files.ipynb #3682605e
 Entry = tuple[Photo, str | None, Image.Image | str | None]  # digest; the image, why there is none, or None if known
 
+# %% ../../nbs/app/00_files.ipynb #ac94eb3f
+def _read_or_reason(folder: str | Path, path: str) -> tuple[bytes, str | None, str | None]:
+    "Return a photo's bytes and their digest, or why there are none."
+    try:
+        data = read_photo(folder, path)
+        return data, hashlib.sha256(data).hexdigest(), None
+    except OSError as e:
+        return b"", None, f"cannot be opened ({e.strerror})"
+    except VermouthError as e:
+        return b"", None, str(e)
+
+
+def _decode_or_reason(data: bytes) -> Image.Image | str:
+    "Return the image, or why there is none."
+    try:
+        return decode_photo(data)
+    except VermouthError as e:
+        return str(e)
+
 # %% ../../nbs/app/00_files.ipynb #88aaf659
 def read_batches(
     folder: str | Path,  # of the photos
@@ -143,27 +167,20 @@ def read_batches(
 ) -> Iterator[list[Entry]]:
     "Yield photos with the sha256 of their bytes and the image in the same bytes."
     batch: list[Entry] = []
-    images: dict[str, Image.Image] = {}
+    images: dict[str, Image.Image | str] = {}
     pixels = 0
     for photo in tqdm(photos, "index", unit="photo", disable=quiet or not photos):
-        digest: str | None = None
-        image: Image.Image | str | None = None
-        try:
-            data = read_photo(folder, photo.path)
-            digest = hashlib.sha256(data).hexdigest()
-            if digest in images:
-                image = images[digest]
-            elif digest not in known:
-                images[digest] = image = decode_photo(data)
-                pixels += image.width * image.height
-        except OSError as e:
-            image = f"cannot be opened ({e.strerror})"
-        except VermouthError as e:
-            image = str(e)
-        batch.append((photo, digest, image))
-        if len(batch) == size or pixels > MAX_PIXELS:
+        image: Image.Image | str | None
+        data, digest, image = _read_or_reason(folder, photo.path)
+        new = digest is not None and digest not in images and digest not in known
+        count = pixel_count(data) if new else 0
+        if batch and (len(batch) == size or pixels + count > MAX_PIXELS):
             yield batch
             batch, images, pixels = [], {}, 0
+        if digest is not None and digest not in known:  # as those of the last batch are now
+            images[digest] = image = images.get(digest) or _decode_or_reason(data)
+        batch.append((photo, digest, image))
+        pixels += count
     if batch:
         yield batch
 
@@ -178,7 +195,7 @@ def _expand_braces(name: str) -> Iterable[str]:
 def _find_images(name: str, lines: Iterable[str]) -> list[Path]:
     "Return what one name stands for, sorted; nothing if there is no such file."
     if name == "-":
-        return [Path(line.rstrip("\r\n")) for line in lines if line.strip()]
+        return [Path(line.rstrip("\r\n").removeprefix("\ufeff")) for line in lines if line.strip()]
     if os.path.isdir(name):
         photos, skipped = photos_below(name)
         others = [Path(name, path) for path, _ in skipped]
@@ -219,29 +236,65 @@ class PackedImage:
     size: int   # in bytes
     key: str    # "000.tar/cat/1.png"
 
+    def read_bytes(self) -> bytes:
+        "Return the bytes of the image file. Raises VermouthError if they are too many, and OSError."
+        if self.size > MAX_BYTES:
+            raise VermouthError(f"images: more than {MAX_BYTES:,} bytes. Shrink it first.")
+        with self.tar.open("rb") as f:
+            if not 0 <= self.size <= os.fstat(f.fileno()).st_size - self.start:
+                raise VermouthError(f"images: its entry claims {self.size:,} bytes, more than the tar file holds.")
+            f.seek(self.start)
+            return f.read(self.size)
+
     @property
     def image(self) -> Image.Image:
         "RGB and upright, as a file's would be. Raises VermouthError if it cannot be read."
-        if self.size > MAX_BYTES:
-            raise VermouthError(f"image={self.key!r}: more than {MAX_BYTES:,} bytes. Shrink it first.")
-        try:
-            with self.tar.open("rb") as f:
-                f.seek(self.start)
-                return decode_photo(f.read(self.size))
-        except (OSError, VermouthError) as e:
-            raise VermouthError(f"image={self.key!r}: {e}") from e
+        with explained(self.key):
+            return read_image(self.read_bytes())
 
 # %% ../../nbs/app/00_files.ipynb #b2f64c76
+def _next_header(file: BinaryIO, start: int) -> int | None:  # bytes from the beginning; None if there is none
+    "Return where the next entry of a tar file begins: headers stand at multiples of 512 bytes."
+    file.seek(start)
+    while block := file.read(512):
+        if block[257:262] == b"ustar":
+            return start
+        start += 512
+    return None
+
+
+def _tar_members(file: BinaryIO) -> list[tarfile.TarInfo]:
+    "Return the entries of a tar file, also of those behind one that claims a wrong size. Raises TarError for none."
+    members: list[tarfile.TarInfo] = []
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as f:
+                while (member := f.next()) is not None and (not members or member.offset > members[-1].offset):
+                    members.append(member)
+                file.seek(f.offset)
+                wrong = member is not None or any(file.read(512))  # sizes may lead back; a tar file ends with zeros
+        except (OSError, ValueError, tarfile.TarError) as e:
+            if not members:
+                raise tarfile.ReadError(str(e)) from e
+            wrong = True
+        start = _next_header(file, max(start + 512, members[-1].offset_data)) if wrong else None
+    return members
+
+# %% ../../nbs/app/00_files.ipynb #7a3ab465
 def packed_images(
     tar: Path,           # not compressed
 ) -> list[PackedImage]:  # in the order of the file
     "Return the images of one shard. Raises VermouthError if it is no plain tar file."
     try:
-        with tarfile.open(tar, "r:") as f:
-            members = [m for m in f if m.isfile() and m.name.lower().endswith(SUFFIXES)]
+        with tar.open("rb") as file:
+            members = _tar_members(file)
     except (OSError, tarfile.TarError) as e:
         raise VermouthError(f"images={str(tar)!r}: not a plain tar file ({e}). Unpack a compressed one first.") from e
-    return [PackedImage(tar, m.offset_data, m.size, f"{tar.name}/{m.name}") for m in members]
+    images = [m for m in members if m.isfile() and is_image_name(Path(m.name).name)]
+    images = [m for m in images if not any(map(is_junk, Path(m.name).parent.parts))]
+    return [PackedImage(tar, m.offset_data, m.size, f"{tar.name}/{m.name}") for m in images]
 
 # %% ../../nbs/app/00_files.ipynb #ab529559
 def unpacked(
@@ -252,6 +305,30 @@ def unpacked(
 
 # %% ../../nbs/app/00_files.ipynb #7e6843ed
 Answer = TypeVar("Answer")
+
+# %% ../../nbs/app/00_files.ipynb #ff0b603e
+def _image_batches(
+    paths: Iterable[Path],
+    size: int,                       # images in a batch, at most
+    skipped: list[tuple[str, str]],  # files that cannot be read, and why; grows
+) -> Iterator[list[tuple[Path, Image.Image]]]:
+    "Yield images in batches of at most `MAX_PIXELS` pixels."
+    batch: list[tuple[Path, Image.Image]] = []
+    pixels = 0
+    for path in paths:
+        try:
+            with explained(str(path)):
+                count = pixel_count(data := read_bytes(path))
+            if batch and (len(batch) == size or pixels + count > MAX_PIXELS):
+                yield batch
+                batch, pixels = [], 0
+            with explained(str(path)):
+                batch.append((path, read_image(data)))
+            pixels += count
+        except VermouthError as e:
+            skipped.append((str(path), str(e)))
+    if batch:
+        yield batch
 
 # %% ../../nbs/app/00_files.ipynb #0eb10c08
 def over_images(
@@ -265,18 +342,8 @@ def over_images(
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
     done: list[tuple[Path, Answer]] = []
     skipped: list[tuple[str, str]] = []
-    with tqdm(total=len(paths), desc=title, unit="image", disable=None) as bar:
-        for start in range(0, len(paths), batch_size):
-            batch, read, images = paths[start : start + batch_size], [], []
-            for path in batch:
-                try:
-                    images.append(read_image(path))
-                    read.append(path)
-                except VermouthError as e:
-                    skipped.append((str(path), str(e)))
-            if images:
-                done += zip(read, do(images), strict=True)
-            bar.update(len(batch))
+    for batch in _image_batches(tqdm(paths, title, unit="image", disable=None), batch_size, skipped):
+        done += zip([path for path, _ in batch], do([image for _, image in batch]), strict=True)
     if not done:
         first = skipped[0][1] if skipped else ""
         raise VermouthError(

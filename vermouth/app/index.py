@@ -6,10 +6,10 @@
 __all__ = ['Index', 'build_index']
 
 # %% ../../nbs/app/01_index.ipynb #1a411cb3
-import json
 import os
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,14 @@ from PIL import Image
 
 from . import database
 from .database import read_rows, read_settings, seal, transaction
-from .files import Entry, Photo, photos_below, read_batches, thumbnail
-from ..core import VermouthError, fingerprint
-from ..model import Vermouth
+from .files import Entry, Photo, decode_photo, photos_below, read_batches, read_photo, thumbnail
+from ..core import VermouthError
+from ..images import small_copy
 
 # %% ../../nbs/app/01_index.ipynb #43c85c6c
 def identity(model: Any) -> dict[str, str]:
     "Return a model's name and fingerprint. Raises VermouthError if it has none."
-    found = {key: getattr(model, key, None) for key in ("name", "fingerprint")}
-    if isinstance(model, Vermouth):
-        card = {key: value for key, value in model.card().items() if key != "heads"}
-        card = {k: v["fingerprint"] if isinstance(v, dict) and "fingerprint" in v else v for k, v in card.items()}
-        trained = filter(None, (model.uhead, model.adapters, getattr(model, "tuned", None)))
-        found["name"] = f"{model.backbone.name}, {model.uhead.arch} U-head"
-        found["fingerprint"] = fingerprint(*trained, json.dumps(card, sort_keys=True))
+    found: dict[str, Any] = {key: getattr(model, key, None) for key in ("name", "fingerprint")}
     for key, value in found.items():
         if not isinstance(value, str):
             what = f"{type(model).__name__} has no {key}"
@@ -83,7 +77,8 @@ class Index:
         folder: str | Path | None = None,  # where the photos lie, for `Hit.open`; None: they stay closed
         verify: bool = True,               # compare the faiss file with its sha256
     ):
-        self.out, self.folder, self.verify, self.changes = Path(out), folder and Path(folder), verify, {}
+        self.out, self.folder, self.verify = Path(out), folder and Path(folder), verify
+        self.changes: dict[str, int] = {}
         with database.connect(self.out) as db:
             self._load(db)
 
@@ -114,6 +109,33 @@ def how(self: Index) -> str:
         return f"{len(self):,} photos, all compared"
     cells = f"{neighbours.nlist:,} cells, {neighbours.nprobe:,} of them looked into"
     return f"{len(self):,} photos in {cells}: {settings['recall']:.1%} of the nearest found"
+
+# %% ../../nbs/app/01_index.ipynb #976daab9
+@patch(as_prop=True)
+def misfit(self: Index) -> str:
+    "Why the photos are not what the model was made for, as the model said; empty where they are or it is not known."
+    return self.settings.get("misfit", "")
+
+# %% ../../nbs/app/01_index.ipynb #149d315a
+@patch
+def own_model(
+    self: Index,
+    device: Any = None,     # None takes the best there is
+    dtype: Any = "float32", # of a frozen backbone
+) -> Any:
+    "Open the model that made the index. Raises VermouthError if its weights are not on this machine."
+    from vermouth.zoo.embedders import offline, open_embedder
+
+    source = self.settings.get("source", "")
+    if not source or source.startswith(("//", "\\\\")):
+        what = f"it does not say where its model, {self.settings['model']!r}, lies"
+        raise VermouthError(f"index={str(self.out)!r}: {what}. Pass --model.")
+    with offline():  # a name that stands in a file is not fetched
+        if (found := open_embedder(source, device)) is not None:
+            return found
+        from vermouth.model import open_model  # imports diffusers, which takes seconds
+
+        return open_model(source, device, dtype)
 
 # %% ../../nbs/app/01_index.ipynb #998a6f6e
 @patch(as_prop=True)
@@ -178,16 +200,18 @@ def _add_batch(db: sqlite3.Connection, model: Any, batch: Sequence[Entry], rows:
                 digest = digest if vector is image else None
                 content = [None, None, vector.encode("utf-8", "replace").decode(), None, None]
             else:
-                content = [image.width, image.height, None, vector.tobytes(), small[digest]]
-            old, rows[photo.path] = rows.get(photo.path), [photo.size, photo.mtime, digest, content[2]]
-            values = [photo.size, photo.mtime, photo.path.encode("utf-8", "surrogateescape")]
-            if not old or old[2:] != rows[photo.path][2:]:
+                width, height = images[digest].size
+                content = [width, height, None, vector.tobytes(), small[digest]]
+            old, rows[photo.path] = rows.get(photo.path), [*photo[1:], digest, content[2]]
+            values = [*photo[1:], photo.path.encode("utf-8", "surrogateescape")]
+            if not old or old[3:] != rows[photo.path][3:]:
                 values += [digest, *content, seal([photo.path, digest, *content])]
-                columns = f"INSERT INTO photos (size, mtime_ns, {database.COLUMNS}, seal)"
-                db.execute(f"{columns} VALUES (?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, ?, ?)", values)
+                columns = f"INSERT INTO photos (size, mtime_ns, ctime_ns, {database.COLUMNS}, seal)"
+                db.execute(f"{columns} VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, ?, ?)", values)
             elif old != rows[photo.path]:
-                db.execute("UPDATE photos SET size = ?, mtime_ns = ? WHERE path = CAST(? AS TEXT)", values)
-    known |= {digest for photo, digest, _ in batch if rows[photo.path][2]}
+                sets = "SET size = ?, mtime_ns = ?, ctime_ns = ?"
+                db.execute(f"UPDATE photos {sets} WHERE path = CAST(? AS TEXT)", values)
+    known |= {digest for photo, digest, _ in batch if rows[photo.path][3]}
     return sum(isinstance(vector, np.ndarray) for vector in found.values())
 
 # %% ../../nbs/app/01_index.ipynb #54aa418b
@@ -220,6 +244,7 @@ def _begin(db: sqlite3.Connection, out: Path, folder: str | Path, model: Any) ->
     "The settings of the index, which are written if it is new, and those it has from now on."
     settings, made_by = read_settings(db), identity(model)
     head = {"model": made_by["name"], "fingerprint": made_by["fingerprint"], "folder": os.path.realpath(folder)}
+    head["source"] = getattr(model, "source", "")
     if not settings:
         with transaction(db):
             database.write_settings(db, **head)
@@ -241,8 +266,8 @@ def _find_photos(folder: str | Path) -> tuple[list, list]:
 # %% ../../nbs/app/01_index.ipynb #e0b9b4bd
 def _known_photos(db: sqlite3.Connection, last: int) -> tuple[dict[str, list], dict[str, str]]:
     "What `_add_batch` calls rows; the digests of the photos that count."
-    found = sorted(db.execute("SELECT id, path, size, mtime_ns, sha256, reason FROM photos").fetchall())
-    digests = {path: row[2] for i, path, *row in found if i <= last and row[3] is None}
+    found = sorted(db.execute("SELECT id, path, size, mtime_ns, ctime_ns, sha256, reason FROM photos").fetchall())
+    digests = {path: row[3] for i, path, *row in found if i <= last and row[4] is None}
     return {path: row for _, path, *row in found}, digests
 
 # %% ../../nbs/app/01_index.ipynb #742efdb9
@@ -252,13 +277,25 @@ def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, int]:
     changed = sum(before[path] != after[path] for path in kept)
     return {"photos": len(after), "new": new, "changed": changed, "removed": removed}
 
+# %% ../../nbs/app/01_index.ipynb #7a204f50
+def _misfit(model: Any, folder: str | Path, paths: Sequence[str]) -> str:
+    "Why some of the photos are not what the model was made for; nothing where that is not known."
+    if not hasattr(model, "misfit"):
+        return ""
+    sample = []
+    for i in np.linspace(0, len(paths) - 1, min(len(paths), 32), dtype=int):
+        with suppress(OSError, VermouthError):  # gone since it was read
+            sample.append(small_copy(decode_photo(read_photo(folder, paths[i]))))
+    return model.misfit(sample) if sample else ""
+
 # %% ../../nbs/app/01_index.ipynb #f42ca189
 def _report(index: Index) -> str:
     "What `build_index` has done, and how the index is searched."
     done = [f"{n:,} {what.replace('_', ' ')}" for what, n in index.changes.items() if what != "photos" and n]
     skipped = [f"  set aside: {path!r}: {reason}" for path, reason in index.skipped[:20]]
     more = ["  …"] * (index.changes["set_aside"] > 20)
-    return "\n".join([f"{index.how} ({', '.join(done) or 'nothing has changed'})", *skipped, *more])
+    warning = [index.misfit] if index.misfit else []
+    return "\n".join([*warning, f"{index.how} ({', '.join(done) or 'nothing has changed'})", *skipped, *more])
 
 # %% ../../nbs/app/01_index.ipynb #d80d4b1e
 def build_index(
@@ -276,17 +313,18 @@ def build_index(
     with database.connect(out, write=True) as db:
         settings, head = _begin(db, out, folder, model)
         rows, before = _known_photos(db, last := settings.get("last", 0))
-        known, embedded = {row[2] for row in rows.values() if row[2]}, 0
-        todo = [p for p in photos if (row := rows.get(p.path, [0, 0, None]))[:2] != [*p[1:]] or row[2] is None]
+        known, embedded = {row[3] for row in rows.values() if row[3]}, 0
+        todo = [p for p in photos if (row := rows.get(p.path, [None] * 5))[:3] != [*p[1:]] or row[3] is None]
         for batch in read_batches(folder, todo, batch_size, known, quiet):
             embedded += _add_batch(db, model, batch, rows, known)
-        _add_batch(db, model, [(Photo(path, 0, 0), None, reason) for path, reason in skipped], rows, known)
+        _add_batch(db, model, [(Photo(path), None, reason) for path, reason in skipped], rows, known)
         gone = rows.keys() - {photo.path for photo in photos} - {path for path, _ in skipped}
         rows = {path: row for path, row in rows.items() if path not in gone}
-        after = {path: row[2] for path, row in rows.items() if row[3] is None}
+        after = {path: row[3] for path, row in rows.items() if row[4] is None}
         old = database.read_neighbours(out, settings, mapped=False)
         same = old is not None and not gone and (settings["folder"], last) == (head["folder"], _newest(db))
         if not same or bool(settings["trained"]) != (len(after) > exact):
+            head["misfit"] = _misfit(model, folder, sorted(after))
             _publish(db, out, gone, old, exact, head)
         database.remove_old(out, read_settings(db))
     index = Index(out, folder, verify=False)

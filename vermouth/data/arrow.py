@@ -122,7 +122,7 @@ def read_sealed(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
     )
 
 # %% ../../nbs/data/07_arrow.ipynb #f32d5277
-INFO, STATE, VERSION = "dataset_info.json", "state.json", 2
+INFO, STATE, VERSION = "dataset_info.json", "state.json", 3
 SHARD = re.compile(r"data-(\d{5,})-([0-9a-f]{16})-([0-9a-f]{64})\.arrow")  # number, items, sha256 of the bytes
 
 # %% ../../nbs/data/07_arrow.ipynb #03b36c37

@@ -14,22 +14,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backbone import Backbone, FeatureSettings, check_size
-from ..core import VermouthError, choose, file_digest, fingerprint, in_batches
+from ..core import VermouthError, choose, fingerprint, in_batches
 from .arrow import STORE_DTYPES, Plan, rounded, shards_in, short_digest, write_shard
 from ..diffusion import check_timesteps
-from ..images import image_tensor, read_image
-from ..text import Captioner
+from ..hooks import place_names
+from ..images import FITS, ValueRange, explained, file_bytes, flatten, image_tensor, open_image
+from ..text import Captioner, shrink_picture
 
 # %% ../../nbs/data/08_extraction.ipynb #a5c1c5fb
 def image_of(
@@ -77,20 +80,64 @@ def item_ids(items: Sequence[Any]) -> list[str]:  # one per item
     # a name in another encoding than UTF-8 becomes text: its bytes as \xNN
     return [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names]
 
+# %% ../../nbs/data/08_extraction.ipynb #71743c54
+def has_file(item: Any) -> bool:
+    "Return True for an item whose image is the bytes of a file."
+    return isinstance(getattr(item, "source", item), (str, os.PathLike)) or hasattr(item, "read_bytes")
 
-def image_digest(item: Any, image: Any = None) -> str:  # 16 hexadecimal digits, or "unreadable"
-    "Return the sha256 of an item's file, or of its pixels where there is no file."
+
+@contextmanager
+def file_of(item: Any) -> Iterator[bytes]:
+    "Give the bytes of an item's file. Raises VermouthError and OSError."
     source = getattr(item, "source", item)  # items of a data set name their file
+    if isinstance(source, (str, os.PathLike)):
+        with file_bytes(source) as data:
+            yield data
+    else:
+        yield item.read_bytes()
+
+
+def content_digest(content: Any) -> str:  # 16 hexadecimal digits
+    "Return the sha256 of a file's bytes, or of the pixels of an image."
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()[:16]
+    pixels = content.detach().cpu().float().numpy() if isinstance(content, Tensor) else np.asarray(content)
+    return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
+
+
+def image_digest(item: Any) -> str:  # 16 hexadecimal digits, or "unreadable"
+    "Return the digest of an item's file, or of its pixels where there is no file."
     try:
-        if isinstance(source, (str, os.PathLike)):
-            if not os.path.isfile(source):  # a pipe would wait for ever
-                return "unreadable"
-            return file_digest(source)[:16]
-        image = image_of(item) if image is None else image
-        pixels = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else np.asarray(image)
+        if not has_file(item):
+            return content_digest(image_of(item))
+        with file_of(item) as data:
+            return content_digest(data)
     except (VermouthError, OSError):
         return "unreadable"
-    return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
+
+# %% ../../nbs/data/08_extraction.ipynb #e6852c7c
+VIEWS = ("plain", "flip")
+
+
+def check_views(views: Sequence[str]) -> list[str]:
+    "Return views in their order. Raises VermouthError for unknown ones, and if the plain one is missing."
+    names = [choose("views", name, VIEWS) for name in ([views] if isinstance(views, str) else views)]
+    if "plain" not in names:
+        raise VermouthError(f"views={names}: without 'plain'. Pass ('plain',) or ('plain', 'flip').")
+    return [name for name in VIEWS if name in names]
+
+
+def view_of(name: str) -> str:  # "plain" or "flip"
+    "Return the view of a stored map, as `level0` or `level0_flip`."
+    return "flip" if name.endswith("_flip") else "plain"
+
+# %% ../../nbs/data/08_extraction.ipynb #72265df6
+def _weights(name: str, digest: str) -> str:
+    return f"{Path(name).name if Path(name).is_dir() else name} {digest}"  # a path would say where, not what
+
+
+def _names(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else sorted(set(value))
 
 # %% ../../nbs/data/08_extraction.ipynb #5ca45a77
 def store_key(
@@ -100,31 +147,33 @@ def store_key(
     expert: Any = None,                         # from `vermouth.expert.load_expert`; its maps follow the backbone's
     size: int | tuple[int, int] | None = None,  # images are resized to this
     dtype: str = "float16",                     # of the stored numbers
+    fit: str = "squash",                        # one of `images.FITS`
+    views: Sequence[str] = ("plain",),          # some of `VIEWS`
+    value_range: ValueRange | None = None,      # of items that are tensors
     **settings: Any,                            # fields of `FeatureSettings`
 ) -> dict[str, Any]:
     "Return all that changes what a store holds, apart from the images. Raises VermouthError for an expert in training."
     if expert and not getattr(expert, "frozen", True):
         raise VermouthError("expert: it is still being trained, so its maps will change. Load it with frozen=True.")
 
-    def weights(name: str, digest: str) -> str:
-        return f"{Path(name).name if Path(name).is_dir() else name} {digest}"  # a path would say where, not what
-
-    def names(value: Any) -> list[str]:
-        return [] if value is None else [value] if isinstance(value, str) else sorted(set(value))
-
-    s = FeatureSettings(**settings)
-    given = "given " + short_digest(list(prompts)) if prompts is not None else "caption" if captioner else "empty"
+    s, given = FeatureSettings(**settings), "caption" if captioner else "empty"
+    if prompts is not None:
+        given = "given " + short_digest(list(prompts))
     return {
-        "backbone": weights(backbone.name, backbone.fingerprint),
+        "backbone": _weights(backbone.name, backbone.fingerprint),
         "compute": str(backbone.dtype).removeprefix("torch."),
         **vars(s),
         "timesteps": check_timesteps(s.timesteps, len(backbone.alphas)),
-        "stages": names(s.stages),
-        "attention": names(s.attention),
+        "stages": list(place_names(s.stages)) or _names(s.stages),  # single places: in the order asked for
+        "attention": _names(s.attention),
         "prompt": given,
-        "captioner": weights(captioner.name, fingerprint(captioner.model)) if captioner else None,
-        "expert": weights(expert.name, expert.fingerprint) if expert else None,
+        "captioner": _weights(captioner.name, fingerprint(captioner.model)) if captioner else None,
+        "captions": vars(captioner.settings) if captioner else None,
+        "expert": _weights(expert.name, expert.fingerprint) if expert else None,
         "size": list(size) if isinstance(size, (tuple, list)) else size,
+        "fit": choose("fit", fit, FITS),
+        "views": check_views(views),
+        "value_range": value_range and list(value_range),
         "dtype": choose("dtype", dtype, STORE_DTYPES),
     }
 
@@ -132,6 +181,10 @@ def store_key(
 @dataclass
 class Job:
     "What to read, how, and where to put it."
+
+    if TYPE_CHECKING:  # a method is patched on below
+
+        def __getattr__(self, name: str) -> Any: ...
 
     backbone: Backbone
     items: Sequence[Any]
@@ -143,25 +196,49 @@ class Job:
     batch_size: int
     key: dict[str, Any]
     settings: dict[str, Any]
+    fit: str = "squash"
+    views: Sequence[str] = ("plain",)
+    value_range: ValueRange | None = None
     plan: Plan = None  # type: ignore[assignment]  # read, or made from the first good image
 
     def __post_init__(self):
         self.ids, files = item_ids(self.items), all(isinstance(item, (str, os.PathLike)) for item in self.items)
         self.workers = min(8, os.cpu_count() or 1) if files else 1  # threads that may read items
 
-    def read(self, i: int) -> tuple[str, Any, Tensor | None, str]:
-        "Return an item's digest, its image, the image as (3,H,W), and the reason if it is skipped."
-        image, x, reason = None, None, ""
-        try:
-            image = image_of(self.items[i])
-            image = read_image(image) if isinstance(image, (str, os.PathLike)) else image
-            x = check_size(image_tensor(image, self.size)[None], self.backbone.multiple)[0]
-            if self.plan and list(x.shape[1:]) != self.plan.size:
-                sizes = "{}×{} pixels where the store holds {}×{}".format(*x.shape[1:], *self.plan.size)
-                raise VermouthError(f"images: {sizes}. Give size= to bring all to one.")
-        except (VermouthError, OSError) as e:
-            reason = str(e).replace(str(self.items[i]), self.ids[i])  # the folder is not part of a store
-        return image_digest(self.items[i], image), image, x, reason
+# %% ../../nbs/data/08_extraction.ipynb #a55e7d6c
+OWN_SIZE = 2**22  # pixels of an image that is read at its own size, at most
+
+
+@patch
+def prepared(self: Job, image: Any) -> tuple[Any, Tensor]:
+    "Return an image as the captioner reads it, if there is one, and as (3,H,W). Raises VermouthError for its size."
+    picture = isinstance(image, Image.Image)
+    if self.size is None and picture and image.width * image.height > OWN_SIZE:
+        raise VermouthError(f"images: {image.width}×{image.height} pixels are too many for the models. Give size=.")
+    x = check_size(image_tensor(image, self.size, self.value_range, self.fit)[None], self.backbone.multiple)[0]
+    if self.plan and list(x.shape[1:]) != self.plan.size:
+        sizes = "{}×{} pixels where the store holds {}×{}".format(*x.shape[1:], *self.plan.size)
+        raise VermouthError(f"images: {sizes}. Give size= to bring all to one.")
+    if self.captioner is None:
+        return None, x
+    return shrink_picture(self.captioner, flatten(image)) if picture else image, x
+
+
+@patch
+def read(self: Job, i: int) -> tuple[str, Any, Tensor | None, str]:
+    "Return an item's digest, its image for the captioner, (3,H,W) for the rest, and the reason if it is skipped."
+    item, digest = self.items[i], "unreadable"
+    try:
+        if not has_file(item):
+            image = image_of(item)
+            digest = content_digest(image)
+            return digest, *self.prepared(image), ""
+        with explained(self.ids[i]), file_of(item) as data:
+            digest = content_digest(data)
+            with open_image(data) as image:
+                return digest, *self.prepared(flatten(image)), ""
+    except (VermouthError, OSError) as e:
+        return digest, None, None, str(e)
 
 # %% ../../nbs/data/08_extraction.ipynb #fbc803a9
 def run_models(
@@ -172,10 +249,17 @@ def run_models(
 ) -> tuple[list[str], dict[str, Tensor]]:  # prompts, and maps (B,C,h,w) by name
     "Run the frozen models over a batch."
     prompts = [job.prompts[i] for i in numbers] if job.prompts is not None else [""] * len(images)
-    prompts = job.captioner(list(images)) if job.captioner else prompts
-    maps = job.backbone.features(x, prompts, batch_size=job.batch_size, **job.settings)
-    more = in_batches(lambda part: job.expert(x[part]), len(images), job.batch_size) if job.expert else ()
-    return prompts, {f"level{j}": m for j, m in enumerate(maps)} | {f"expert{j}": m for j, m in enumerate(more)}
+    prompts = job.captioner(list(images), value_range=job.value_range or (-1, 1)) if job.captioner else prompts
+    options = {"size": "keep", "batch_size": job.batch_size, "value_range": (-1, 1)}
+    found: dict[str, Tensor] = {}
+    for view in job.views:
+        pixels, end = (x, "") if view == "plain" else (x.flip(-1), f"_{view}")
+        maps = job.backbone.features(pixels, prompts, **options, **job.settings)
+        found |= {f"level{j}{end}": m for j, m in enumerate(maps)}
+        if job.expert:
+            maps = in_batches(lambda part: job.expert(pixels[part], (-1, 1)), len(images), job.batch_size)  # noqa: B023
+            found |= {f"expert{j}{end}": m for j, m in enumerate(maps)}
+    return prompts, found
 
 # %% ../../nbs/data/08_extraction.ipynb #b2ea1096
 SHARD_SECONDS, SHARD_NUMBERS = 30, 2**28  # at most

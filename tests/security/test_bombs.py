@@ -1,0 +1,76 @@
+"Images that are small on the disk and large in memory: what indexing and extracting take stays within a limit."
+
+import subprocess
+import sys
+
+import pytest
+from bombs import LARGE
+from PIL import Image
+
+from vermouth import images
+from vermouth.core import VermouthError
+from vermouth.store import extract
+
+SIDE, PIXELS = 2500, 6_250_000  # a sixteenth of the largest image; the limits of this test are the real ones by it
+MOST = 400_000_000  # bytes beyond those of the models and libraries: 64 for a pixel of the largest image
+
+WORK = """
+import resource, sys
+from pathlib import Path
+from vermouth import images
+from vermouth.app import files
+from vermouth.app.index import build_index
+from vermouth.core import keep_freed_memory
+from vermouth.model import Vermouth
+from vermouth.store import extract
+
+keep_freed_memory()
+model, pixels, place = Vermouth.load("toybox", "cpu"), int(sys.argv[1]), Path(sys.argv[2])
+images.MAX_PIXELS = files.MAX_PIXELS = pixels
+images.LARGE_IMAGE = pixels // 3
+images._new_rooms()
+options = {"captioner": model.captioner, "size": 64, "stages": "mid", "attention": (), "quiet": True}
+
+
+def peak(folder):
+    paths, out = sorted((place / folder).iterdir()), place / f"{folder} out"
+    assert len(build_index(place / folder, out / "index", model, quiet=True)) == len(paths)
+    assert len(extract(model.backbone, paths, out / "store", **options)) == len(paths)
+    done, skipped = files.over_images(lambda batch: model.classify(batch, ["cat", "dog"]).tolist(), paths, "")
+    assert len(done) == len(paths)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+before = peak("small")
+print(peak("large") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's resident memory")
+def test_bombs_together_take_little_more_than_one(tmp_path):
+    for folder, side in (("small", 64), ("large", SIDE)):
+        (tmp_path / folder).mkdir()
+        for name, write in LARGE.items():
+            write(tmp_path / folder / name, side if name != "alpha.webp" else side * 2 // 3)
+    command = [sys.executable, "-c", WORK, str(PIXELS), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < MOST
+
+
+def test_an_image_is_refused_by_its_header(tmp_path):
+    "Nothing is decoded: the pixels are not even there."
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "large.png")
+    (tmp_path / "large.png").write_bytes((tmp_path / "large.png").read_bytes()[:60])
+    (tmp_path / "line.pgm").write_bytes(b"P5 50000000 1 255\n")
+    for name, says in {"large.png": "10001×10000 pixels, more than", "line.pgm": "50000000×1 pixels"}.items():
+        with pytest.raises(VermouthError, match=says):
+            images.read_image(tmp_path / name)
+
+
+def test_an_image_too_large_for_the_models_is_skipped_where_no_size_is_given(toybox, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (2112, 2048)).save(tmp_path / "b.png")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    store = extract(toybox.backbone, paths, tmp_path / "store", stages="mid", attention=(), quiet=True)
+    assert store.skipped == [("b.png", "image='b.png': 2112×2048 pixels are too many for the models. Give size=.")]
