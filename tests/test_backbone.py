@@ -13,6 +13,7 @@ from PIL import Image
 from sd_layout import write_folder
 
 from vermouth.backbone import SIZES, load_backbone
+from vermouth.core import VermouthError
 from vermouth.hooks import STAGE_SETS, tapped, unet_blocks
 
 PROMPTS = ["a photo of a cat", None, "cat"]
@@ -44,7 +45,7 @@ def test_sizes_and_schedule_are_those_of_the_layout(kind, backbones, images):
     assert bb.scheduler.config.prediction_type == ("v_prediction" if kind == "sd2.1" else "epsilon")
     assert bb.alphas[0] == pytest.approx(0.99915, abs=1e-5) and bb.alphas[-1] == pytest.approx(0.00466, abs=1e-5)
     assert bb.feature_dims() == [160, 237, 237, 120]
-    fs = bb.features(images, PROMPTS)
+    fs = bb.features(images, PROMPTS, size="keep")
     assert [tuple(f.shape) for f in fs] == [(3, 160, 1, 2), (3, 237, 2, 4), (3, 237, 4, 8), (3, 120, 8, 16)]
 
 
@@ -67,19 +68,19 @@ def test_frozen(backbones, images):
     bb = backbones["sd1"]
     for model in (bb.vae, bb.unet, bb.text_encoder):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
-    first = bb.features(images, PROMPTS)[0]
+    first = bb.features(images, PROMPTS, size="keep")[0]
     assert not first.requires_grad and not first.is_inference()
     head = torch.nn.Conv2d(first.shape[1], 2, 1)
     head(first).sum().backward()
     assert head.weight.grad is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(bb.features(images, PROMPTS)[0], first)
+        assert torch.equal(bb.features(images, PROMPTS, size="keep")[0], first)
 
 
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("noise", ["ddpm", "ddim", "none"])
 def test_an_image_has_its_own_features(kind, noise, backbones, images):
-    bb, how = backbones[kind], dict(noise=noise, ddim_steps=2)
+    bb, how = backbones[kind], dict(noise=noise, ddim_steps=2, size="keep")
     together = bb.features(images, PROMPTS, **how)
     reversed_ = [f.flip(0) for f in bb.features(images.flip(0), PROMPTS[::-1], batch_size=2, **how)]
     alone = [torch.cat(level) for level in zip(*(bb.features(im, p, **how) for im, p in zip(images, PROMPTS)))]
@@ -90,10 +91,10 @@ def test_every_way_to_hand_in_an_image(backbones, tmp_path):
     bb, im = backbones["sd1"], Image.effect_noise((64, 64), 80).convert("RGB")
     im.save(tmp_path / "im.png")
     tensor = torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
-    same = bb.features([im, str(tmp_path / "im.png"), tmp_path / "im.png", tensor], "cat")
+    same = bb.features([im, str(tmp_path / "im.png"), tmp_path / "im.png", tensor], "cat", size="keep")
     for f in same:
         assert max(relative(g, f[0]) for g in f) < 1e-6
-    assert relative(bb.features(tensor[None], "cat")[0], same[0][:1]) < 1e-5
+    assert relative(bb.features(tensor[None], "cat", size="keep")[0], same[0][:1]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2.1"])
@@ -102,20 +103,20 @@ def test_stages_and_attention_everywhere(kind, backbones, images):
     for stages in STAGE_SETS:
         for attention in [(), "up_cross", ("up_cross", "up_cross_fine")]:
             assert [
-                f.shape[1] for f in bb.features(images[:1], "cat", stages=stages, attention=attention)
+                f.shape[1] for f in bb.features(images[:1], "cat", stages=stages, attention=attention, size="keep")
             ] == bb.feature_dims(stages, attention)
 
 
 def test_maps_sum_to_one(backbones, images):
-    fs = backbones["sd2.1"].features(images, PROMPTS, attention=("up_cross", "up_cross_fine"))
+    fs = backbones["sd2.1"].features(images, PROMPTS, attention=("up_cross", "up_cross_fine"), size="keep")
     for f in fs[1:]:
         assert torch.allclose(f[:, -77:].sum(1), torch.ones(()), atol=1e-5)
 
 
 def test_bfloat16_is_close(folders, backbones, images):
-    half = load_backbone(folders["sd2.1"], device="cpu", dtype="bfloat16").features(images, PROMPTS)
+    half = load_backbone(folders["sd2.1"], device="cpu", dtype="bfloat16").features(images, PROMPTS, size="keep")
     assert all(f.dtype == torch.bfloat16 for f in half)
-    assert max(relative(a, b) for a, b in zip(half, backbones["sd2.1"].features(images, PROMPTS))) < 0.05
+    assert max(relative(a, b) for a, b in zip(half, backbones["sd2.1"].features(images, PROMPTS, size="keep"))) < 0.05
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2.1"])
@@ -140,7 +141,30 @@ def test_steps_follow_the_kind_of_prediction(kind, backbones, images):
     handle = bb.unet.mid_block.register_forward_hook(lambda m, a, o: outputs.update(mid=o))
     bb.predict(xt, 201, c)
     handle.remove()
-    assert relative(bb.features(images, PROMPTS, (401, 201), stages="mid")[0], outputs["mid"]) < 1e-5
+    assert relative(bb.features(images, PROMPTS, (401, 201), stages="mid", size="keep")[0], outputs["mid"]) < 1e-5
+
+
+def test_any_photo_at_the_size_of_the_checkpoint(backbones):
+    photos = [Image.effect_noise((75, 100), 80).convert("RGB"), Image.new("RGB", (640, 64), "red")]
+    bb = backbones["sd1"]
+    assert bb.native_size == (512, 512) and backbones["sd2.1"].native_size == (768, 768)
+    with pytest.raises(VermouthError, match="must be multiples of 64"):
+        bb.features(photos[0], size="keep")
+    bb.unet.register_to_config(sample_size=8)
+    fs = bb.features(photos, "cat", stages="mid")
+    bb.unet.register_to_config(sample_size=64)
+    assert torch.equal(fs[0], bb.features(photos, "cat", stages="mid", size=64)[0])
+
+
+def test_time_steps_kept_apart(backbones, images):
+    bb, how = backbones["sd1"], {"stages": "mid", "size": "keep"}
+    each = [bb.features(images, PROMPTS, t, **how)[0] for t in (100, 300, 200)]
+    apart = bb.features(images, PROMPTS, (100, 300, 200), **how, combine="list")
+    assert len(apart) == 3 and all(torch.equal(maps[0], e) for maps, e in zip(apart, each))
+    stacked = bb.features(images, PROMPTS, (100, 300, 200), **how, combine="stack", batch_size=2)[0]
+    assert stacked.shape == (3, 3, 160, 1, 2) and relative(stacked, torch.stack(each, 1)) < 1e-5
+    mean = bb.features(images, PROMPTS, (100, 300, 200), **how, combine="mean")[0]
+    assert relative(mean, sum(each) / 3) < 1e-5
 
 
 def count_calls(unet):
@@ -165,7 +189,7 @@ def count_calls(unet):
 )
 def test_nothing_runs_after_the_last_tap(how, ran, backbones, images):
     count, handles = count_calls(backbones["sd1"].unet)
-    backbones["sd1"].features(images, PROMPTS, **how)
+    backbones["sd1"].features(images, PROMPTS, **how, size="keep")
     for handle in handles:
         handle.remove()
     assert count == {name: 1 for name in ran.split()}
@@ -179,7 +203,7 @@ def test_passes_are_those_needed(backbones, images):
         (dict(noise="none"), 1),
     ]:
         count, handles = count_calls(backbones["sd1"].unet)
-        backbones["sd1"].features(images, PROMPTS, stages="mid", **how)
+        backbones["sd1"].features(images, PROMPTS, stages="mid", **how, size="keep")
         for handle in handles:
             handle.remove()
         assert count["mid"] == passes
@@ -192,9 +216,9 @@ def hooks_and_processors(unet):
 def test_the_unet_is_left_as_it_was(backbones, images):
     bb = backbones["sd1"]
     before = hooks_and_processors(bb.unet)
-    bb.features(images, PROMPTS)
+    bb.features(images, PROMPTS, size="keep")
     assert hooks_and_processors(bb.unet) == before
-    with pytest.raises(ZeroDivisionError), tapped(bb.unet, ["mid"], [1, 2]):
+    with pytest.raises(ZeroDivisionError), tapped(bb.unet, ["mid", "up1.attn0.self.q"], [1, 2]):
         raise ZeroDivisionError
     assert hooks_and_processors(bb.unet) == before
     with pytest.raises(RuntimeError), tapped(bb.unet, ["up3"], [1, 2]):
@@ -204,7 +228,7 @@ def test_the_unet_is_left_as_it_was(backbones, images):
 
 def test_batches_split_when_memory_is_short(backbones, images, monkeypatch):
     bb, passes = backbones["sd1"], []
-    whole, forward = bb.features(images, PROMPTS), bb.unet.forward
+    whole, forward = bb.features(images, PROMPTS, size="keep"), bb.unet.forward
 
     def tight(sample, *args, **kwargs):
         passes.append(len(sample))
@@ -213,7 +237,7 @@ def test_batches_split_when_memory_is_short(backbones, images, monkeypatch):
         return forward(sample, *args, **kwargs)
 
     monkeypatch.setattr(bb.unet, "forward", tight)
-    assert max(relative(a, b) for a, b in zip(bb.features(images, PROMPTS), whole)) < 1e-5
+    assert max(relative(a, b) for a, b in zip(bb.features(images, PROMPTS, size="keep"), whole)) < 1e-5
     assert passes == [3, 2, 1, 1, 1]
 
 
@@ -222,7 +246,7 @@ def test_a_fresh_process_gives_the_same_features(folders, backbones, images, tmp
 import sys, torch
 from vermouth.backbone import load_backbone
 folder, images, out = sys.argv[1:]
-torch.save(load_backbone(folder, device="cpu").features(torch.load(images), "cat"), out)
+torch.save(load_backbone(folder, device="cpu").features(torch.load(images), "cat", size="keep"), out)
 """
     torch.save(images, tmp_path / "x.pt")
     done = subprocess.run(
@@ -233,7 +257,7 @@ torch.save(load_backbone(folder, device="cpu").features(torch.load(images), "cat
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout and "Warning" not in done.stderr, done.stderr
-    for a, b in zip(torch.load(tmp_path / "y.pt"), backbones["sd1"].features(images, "cat")):
+    for a, b in zip(torch.load(tmp_path / "y.pt"), backbones["sd1"].features(images, "cat", size="keep")):
         assert relative(a, b) < 1e-5
 
 
@@ -247,6 +271,6 @@ def test_full_width(kind, tmp_path):
         write_folder(tmp_path / kind, kind, width=1, dtype=torch.bfloat16), device="cpu", dtype="bfloat16"
     )
     assert bb.feature_dims() == [1280, 1357, 1357, 960]
-    fs = bb.features(Image.new("RGB", (256, 256), "red"), "a photo of a cat")
+    fs = bb.features(Image.new("RGB", (256, 256), "red"), "a photo of a cat", size="keep")
     assert [tuple(f.shape[1:]) for f in fs] == [(1280, 4, 4), (1357, 8, 8), (1357, 16, 16), (960, 32, 32)]
     assert all(torch.isfinite(f).all() for f in fs)

@@ -6,9 +6,10 @@
 __all__ = ['NOISES', 'TRAJECTORIES', 'Backbone', 'FeatureSettings', 'load_backbone', 'random_backbone']
 
 # %% ../nbs/library/10_backbone.ipynb #b56d6e86
+import time
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -20,11 +21,36 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
-from .checkpoint import WEIGHTS, load_part, load_scheduler, load_tokenizer, locate, no_loading_bars
-from .core import VermouthError, choose, fingerprint, frozen, in_batches, is_text, pick_device, pick_dtype
+# %% ../nbs/library/10_backbone.ipynb #d91943a2
+from .checkpoint import load_parts, load_tokenizer, locate
+from vermouth.core import (
+    VermouthError,
+    check_finite,
+    choose,
+    fingerprint,
+    frozen,
+    in_batches,
+    is_text,
+    keep_freed_memory,
+    lock_of,
+    pick_device,
+    pick_dtype,
+)
 from .diffusion import PREDICTIONS, add_noise, check_timesteps, ddim_trajectory, inversion_path, noise_like
-from .hooks import as_names, attention_levels, pyramid, pyramid_dims, stage_rows, unet_blocks
-from .images import Images, image_batch
+from vermouth.hooks import (
+    Taps,
+    as_names,
+    attention_levels,
+    find_places,
+    list_taps,
+    place_names,
+    pyramid,
+    pyramid_dims,
+    stage_rows,
+    tapped,
+    unet_blocks,
+)
+from .images import Images, ValueRange, image_batch
 
 # %% ../nbs/library/10_backbone.ipynb #f08beabf
 def _check_parts(
@@ -42,8 +68,8 @@ def _check_parts(
             f"unet: takes {wants} channels where the VAE makes {gets}; "
             "inpainting, depth and upscaling checkpoints do. Use the plain text-to-image one."
         )
-    wants, gets = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if wants != gets:
+    wants, gets = unet.config.encoder_hid_dim or unet.config.cross_attention_dim, text_encoder.config.hidden_size
+    if set(wants if isinstance(wants, (list, tuple)) else [wants]) != {gets}:
         raise VermouthError(
             f"unet: guided by {wants} channels of text where the text encoder makes {gets}. "
             "Use parts of one checkpoint."
@@ -53,7 +79,9 @@ def _check_parts(
         raise VermouthError(
             f"tokenizer: has {words} words where the text encoder knows {rows}. Use parts of one checkpoint."
         )
-    if extra := unet.config.addition_embed_type or unet.config.class_embed_type:
+    projected = unet.config.encoder_hid_dim_type
+    extra = unet.config.addition_embed_type or unet.config.class_embed_type
+    if extra := extra or (projected != "text_proj" and projected):
         raise VermouthError(
             f"unet: asks for {extra!r} embeddings beside the caption, as SDXL does. Use Stable Diffusion 1.x or 2.x."
         )
@@ -64,9 +92,30 @@ def _check_parts(
         )
     choose("prediction_type", scheduler.config.prediction_type, PREDICTIONS)
 
+# %% ../nbs/library/10_backbone.ipynb #d076d4d1
+def _remedy(
+    dtype: torch.dtype,  # of the backbone
+) -> str:
+    "What helps where numbers are not finite."
+    again, longer = "Fetch its weights again", "float16 ends at 65504: load it with dtype='bfloat16' or 'float32'"
+    return longer if dtype == torch.float16 else again
+
+# %% ../nbs/library/10_backbone.ipynb #00ceffd9
+def _freeze(
+    models: dict[str, Any],  # by what they are
+    name: str,               # of the backbone, for the message
+) -> None:
+    "Set models to evaluation, without gradients. Raises VermouthError if a weight is NaN or infinite."
+    for part, model in models.items():
+        model.eval().requires_grad_(False)
+        check_finite(model.state_dict().values(), f"backbone={name!r}: the weights of its {part}", _remedy(model.dtype))
+
 # %% ../nbs/library/10_backbone.ipynb #5e9a3442
 class Backbone:
     "A frozen Stable Diffusion model whose U-Net is read, not sampled."
+
+    overlays: Sequence[str] = ()  # digests of what was added to the checkpoint's weights
+    best_batch: int | None = None  # images in one pass, at most; found by `optimize`
 
     def __init__(
         self,
@@ -80,8 +129,7 @@ class Backbone:
         _check_parts(vae, unet, text_encoder, tokenizer, scheduler)
         self.vae, self.unet, self.text_encoder, self.tokenizer = vae, unet, text_encoder, tokenizer
         self.scheduler, self.name, self._warned = scheduler, name, False  # warned of a prompt that is too long
-        for model in (vae, unet, text_encoder):
-            model.eval().requires_grad_(False)
+        _freeze({"VAE": vae, "U-Net": unet, "text encoder": text_encoder}, name)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)                   # pixels per latent, each way
         self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1)  # image sides are multiples of it
         self.tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
@@ -92,18 +140,21 @@ class Backbone:
 
         def __getattr__(self, name: str) -> Any: ...
 
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
     @cached_property
     def fingerprint(self) -> str:  # 16 hexadecimal digits of all that decides the features
         schedule = [self.scheduler.config.prediction_type, *(f"{alpha:.6g}" for alpha in self.alphas)]
-        return fingerprint(self.unet, self.vae, self.text_encoder, " ".join(schedule))
+        # a small LoRA may change no sign of a weight, and signs are all that `fingerprint` sees
+        return fingerprint(self.unet, self.vae, self.text_encoder, " ".join([*schedule, *self.overlays]))
+
+# %% ../nbs/library/10_backbone.ipynb #fa5b8daa
+@patch(as_prop=True)
+def device(self: Backbone) -> torch.device:
+    return self.unet.device
+
+
+@patch(as_prop=True)
+def dtype(self: Backbone) -> torch.dtype:
+    return self.unet.dtype
 
 # %% ../nbs/library/10_backbone.ipynb #363a5c9f
 @patch
@@ -127,7 +178,8 @@ def from_components(
     name: str = "components",                  # for messages and tables
 ) -> Backbone:                                 # freezes the parts it was given
     "A backbone from parts at hand. Raises VermouthError if they do not fit each other."
-    device, dtype = pick_device(device or unet.device), pick_dtype(dtype or unet.dtype)
+    device = pick_device(device or unet.device)
+    dtype = pick_dtype(dtype or unet.dtype, device)
     for model in (vae, unet, text_encoder):
         # diffusers' own `to` warns of parts to be kept in float32, of which there are none
         torch.nn.Module.to(model, device, dtype)
@@ -146,6 +198,15 @@ def check_size(
     wrong = f"{h}×{w} pixels (height×width), but both must be multiples of {multiple} here"
     raise VermouthError(f"images: {wrong}. Pass size={near}, the nearest, or crop.")
 
+# %% ../nbs/library/10_backbone.ipynb #28887571
+@patch
+def _most(
+    self: Backbone,
+    batch_size: int | None,  # asked for
+) -> int | None:
+    "The most images in one pass; fewer than asked for where `optimize` found that better."
+    return min(batch_size or self.best_batch, self.best_batch) if self.best_batch else batch_size
+
 # %% ../nbs/library/10_backbone.ipynb #9a72fefd
 @patch
 def _encode(
@@ -162,12 +223,15 @@ def _encode(
 def encode_images(
     self: Backbone,
     images: Images,                             # (B,3,H,W) in [-1,1], or anything that `images.image_batch` takes
-    size: int | tuple[int, int] | None = None,  # resize to this side, or to (height, width)
+    size: int | tuple[int, int] | None = None,  # resize to this side, or to (height, width); None keeps the size
     batch_size: int | None = 32,                # most images in one pass; halved when memory is short
+    value_range: ValueRange | None = None,      # of tensors, as for `images.image_batch`
 ) -> Tensor:                                    # (B,C,h,w) latents: posterior mean × scaling factor
     "Images → clean latents x₀. Raises VermouthError if a side is not a multiple of `factor`."
-    pixels = check_size(image_batch(images, size), self.factor)
-    return in_batches(lambda part: [self._encode(pixels[part])], len(pixels), batch_size)[0]
+    pixels = check_size(image_batch(images, size, value_range), self.factor)
+    latents = in_batches(lambda part: [self._encode(pixels[part])], len(pixels), self._most(batch_size))[0]
+    check_finite(latents, f"backbone={self.name!r}: the latents of its VAE", _remedy(self.dtype))
+    return latents
 
 # %% ../nbs/library/10_backbone.ipynb #f3d02219
 def prompt_list(
@@ -187,6 +251,39 @@ def prompt_list(
         )
     return texts
 
+# %% ../nbs/library/10_backbone.ipynb #25dfe737
+@patch
+def _tokens(
+    self: Backbone,
+    prompts: list[str],
+) -> Tensor:  # (B,T) token ids
+    "Captions as tokens, padded to full length. Warns once of a prompt that is cut."
+    full = {"padding": "max_length", "truncation": True, "max_length": self.tokens, "return_tensors": "pt"}
+    with lock_of(self.tokenizer):  # each call sets how the tokenizer pads, for all threads
+        ids = self.tokenizer(prompts, **full).input_ids
+        lengths = [len(whole) for whole in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        long, warned = [p for p, n in zip(prompts, lengths, strict=True) if n > self.tokens], self._warned
+        self._warned = warned or bool(long)  # a data set of long captions would warn thousands of times
+    if long and not warned:
+        warnings.warn(
+            f"prompts: {long[0]!r} is longer than {self.tokens} tokens and is cut there, as is every other that long.",
+            stacklevel=4,
+        )
+    return ids
+
+# %% ../nbs/library/10_backbone.ipynb #a27452b6
+@patch
+def _states(
+    self: Backbone,
+    prompts: list[str],
+) -> Tensor:  # (B,T,D)
+    "The text encoder's last hidden states; a prompt that several images share is encoded once."
+    unique = list(dict.fromkeys(prompts))
+    ids = self._tokens(unique)
+    with frozen(self.device):
+        states = self.text_encoder(ids.to(self.device)).last_hidden_state
+    return states[[unique.index(p) for p in prompts]]
+
 # %% ../nbs/library/10_backbone.ipynb #8b1dc37b
 @patch
 def encode_text(
@@ -194,25 +291,17 @@ def encode_text(
     prompts: str | None | Iterable[str | None],  # one, or one per image; None is the empty prompt
 ) -> Tensor:                                     # (B,T,D) hidden states that guide the U-Net
     "Captions → the text encoder's last hidden states. Warns once of a prompt that is cut."
-    prompts = prompt_list(prompts)
-    unique = list(dict.fromkeys(prompts))
-    long = [p for p, ids in zip(unique, self.tokenizer(unique, verbose=False)["input_ids"]) if len(ids) > self.tokens]
-    if long and not self._warned:
-        self._warned = True  # a data set of long captions would warn thousands of times
-        warnings.warn(
-            f"prompts: {long[0]!r} is longer than {self.tokens} tokens and is cut there, as is every other that long.",
-            stacklevel=2,
-        )
-    ids = self.tokenizer(
-        unique, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-    ).input_ids
-    with frozen(self.device):
-        states = self.text_encoder(ids.to(self.device)).last_hidden_state
-    return states[[unique.index(p) for p in prompts]]
+    states = self._states(prompt_list(prompts))
+    check_finite(states, f"backbone={self.name!r}: the hidden states of its text encoder", _remedy(self.dtype))
+    return states
 
 # %% ../nbs/library/10_backbone.ipynb #4d1414f9
 NOISES = ("ddpm", "ddim", "none")             # ways to a time step
 TRAJECTORIES = ("sequential", "independent")  # ways to use several time steps
+
+# %% ../nbs/library/10_backbone.ipynb #e72a78a9
+# the same by the name of the result, and the maps of each time step by itself
+COMBINES = {"sequential": "sequential", "mean": "independent", "stack": "independent", "list": "independent"}
 
 # %% ../nbs/library/10_backbone.ipynb #1f7afdec
 @dataclass(frozen=True)
@@ -220,15 +309,18 @@ class FeatureSettings:
     "Time steps, stages, attention maps and noise of a pyramid. Raises VermouthError for unknown ones."
 
     timesteps: int | Iterable[int] = (200,)                # of the checkpoint's training steps, usually 0 … 999
-    stages: str | Iterable[str] = ("mid", "up")            # a row of `hooks.STAGE_SETS`
-    attention: str | Iterable[str] | None = ("up_cross",)  # maps to append; see `hooks.ATTENTION`
+    stages: str | Iterable[str] = ("mid", "up")            # a row of `hooks.STAGE_SETS`, or names of `taps`
+    attention: str | Iterable[str] | None = ("up_cross",)  # maps to append to a row; see `hooks.ATTENTION`
     noise: str = "ddpm"                                    # one of `NOISES`
     seed: int = 8888                                       # fixes the noise of "ddpm"
     trajectory: str = "sequential"                         # one of `TRAJECTORIES`; matters for several time steps
     ddim_steps: int = 10                                   # steps of the inversion, for noise="ddim"
 
     def __post_init__(self):
-        stage_rows(self.stages)
+        for name in ("timesteps", "stages", "attention"):  # which are read several times
+            if isinstance(getattr(self, name), Iterator):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        place_names(self.stages) or stage_rows(self.stages)
         attention_levels(self.attention)
         choose("noise", self.noise, NOISES)
         choose("trajectory", self.trajectory, TRAJECTORIES)
@@ -251,7 +343,7 @@ def predict(
 ) -> Tensor:          # (B,C,h,w) noise, velocity or clean latents, as the scheduler's prediction_type says
     "One full pass of the U-Net."
     latents, context = latents.to(self.device, self.dtype), context.to(self.device, self.dtype)
-    with frozen(self.device):
+    with frozen(self.device), tapped(self.unet, ()):  # alone on the U-Net, and to its end
         return self.unet(latents, timestep, encoder_hidden_states=context).sample
 
 # %% ../nbs/library/10_backbone.ipynb #e7dc8ba0
@@ -306,6 +398,40 @@ def read(
         pyramids = [maps_at(self.latents_at(latents, t, context, settings), t) for t in steps]
         return [torch.stack(maps).mean(0) for maps in zip(*pyramids)]
 
+# %% ../nbs/library/10_backbone.ipynb #dc3d90ea
+@patch(as_prop=True)
+def native_size(self: Backbone) -> tuple[int, int]:
+    "Height and width in pixels of the images it was trained on; 64 latents a side if the checkpoint is silent."
+    sides = as_names(self.unet.config.sample_size) or (64,)
+    height, width = (max(1, round(n * self.factor / self.multiple)) * self.multiple for n in (sides[0], sides[-1]))
+    return height, width
+
+# %% ../nbs/library/10_backbone.ipynb #f365d6b5
+@patch
+def prepare(
+    self: Backbone,
+    images: Images,                                   # anything that `images.image_batch` takes
+    size: int | tuple[int, int] | str | None = None,  # as for `features`
+    value_range: ValueRange | None = None,            # of tensors
+) -> Tensor:                                          # (B,3,H,W) float32 in [-1,1]
+    "Return images at a size that the model takes. Raises VermouthError if a side does not divide by `multiple`."
+    if isinstance(size, str):
+        if size != "keep":
+            raise VermouthError(f"size={size!r}: unknown. Pass a side in pixels, (height, width), 'keep', or None.")
+        return check_size(image_batch(images, None, value_range), self.multiple)
+    return check_size(image_batch(images, self.native_size if size is None else size, value_range), self.multiple)
+
+# %% ../nbs/library/10_backbone.ipynb #e36e654d
+def _by_timestep(
+    maps: list[Tensor],                  # (B,C,h,w) each: all levels of the first time step, of the second, …
+    count: int,                          # S time steps
+    combine: str | None,                 # "stack" or "list"
+) -> list[Tensor] | list[list[Tensor]]:  # (B,S,C,h,w) by level, or (B,C,h,w) by time step and level
+    "Return the maps of several time steps, one beside the other."
+    levels = len(maps) // count
+    pyramids = [maps[i : i + levels] for i in range(0, len(maps), levels)]
+    return pyramids if combine == "list" else [torch.stack(level, 1) for level in zip(*pyramids, strict=True)]
+
 # %% ../nbs/library/10_backbone.ipynb #5dca8acf
 @patch
 def features(
@@ -313,25 +439,37 @@ def features(
     images: Images,                               # (B,3,H,W) in [-1,1], or anything that `images.image_batch` takes
     prompts: str | None | Iterable[str | None] = None,  # captions, one per image; one string for all; None for none
     timesteps: int | Iterable[int] = (200,),      # one or several of 0 … 999
-    stages: str | Iterable[str] = ("mid", "up"),  # a row of `hooks.STAGE_SETS`
-    attention: str | Iterable[str] | None = ("up_cross",),  # "up_cross" and "up_cross_fine", or () for no maps
+    stages: str | Iterable[str] = ("mid", "up"),  # a row of `hooks.STAGE_SETS`, or a list of names of `taps`
+    attention: str | Iterable[str] | None = ("up_cross",),  # added to a row: "up_cross", "up_cross_fine", or ()
     noise: str = "ddpm",                          # "ddpm", "ddim" or "none"
     seed: int = 8888,                             # fixes the noise of "ddpm"
-    trajectory: str = "sequential",               # "sequential" or "independent", for several time steps
-    size: int | tuple[int, int] | None = None,    # resize to this side, or to (height, width)
+    trajectory: str = "sequential",               # older name of `combine`: "sequential", or "independent" for "mean"
+    size: int | tuple[int, int] | str | None = None,  # side, or (height, width); None: the model's; "keep": as it is
     batch_size: int | None = 32,                  # most images in one pass; halved when memory is short
     ddim_steps: int = 10,                         # steps of the inversion, for noise="ddim"
-) -> list[Tensor]:                                # (B,C,h,w) each, lowest resolution first
-    "The feature pyramid of images under their captions. Raises VermouthError if a side does not divide by `multiple`."
+    value_range: ValueRange | None = None,        # of tensors, as for `images.image_batch`
+    combine: str | None = None,                   # of several time steps: "sequential", "mean", "stack" or "list"
+) -> list[Tensor] | list[list[Tensor]]:           # (B,C,h,w) each, lowest resolution first; places of `taps` as listed
+    """The feature maps of images under their captions. Of several time steps: one set of maps, read at the smallest on
+    the way down from the largest ("sequential") or averaged ("mean"); or one of each in the order given, as
+    (B,S,C,h,w) ("stack") or as S lists ("list"). Raises VermouthError if a side does not divide by `multiple`."""
+    each = combine in ("stack", "list")
+    if combine is not None:
+        trajectory = COMBINES[choose("combine", combine, COMBINES)]
     settings = FeatureSettings(timesteps, stages, attention, noise, seed, trajectory, ddim_steps)
-    check_timesteps(timesteps, len(self.alphas))
-    pixels = check_size(image_batch(images, size), self.multiple)
+    check_timesteps(settings.timesteps, len(self.alphas))
+    find_places(self.unet, place_names(settings.stages))
+    pixels = self.prepare(images, size, value_range)
     texts = prompt_list(prompts, len(pixels))
 
     def run(part: slice) -> list[Tensor]:
-        return self.read(self._encode(pixels[part]), self.encode_text(texts[part]), settings)
+        latents, context = self._encode(pixels[part]), self._states(texts[part])
+        several = [replace(settings, timesteps=t) for t in as_names(settings.timesteps)] if each else [settings]
+        return [maps for one in several for maps in self.read(latents, context, one)]
 
-    return in_batches(run, len(pixels), batch_size)
+    maps = in_batches(run, len(pixels), self._most(batch_size))
+    check_finite(maps, f"backbone={self.name!r}: its features", _remedy(self.dtype))
+    return _by_timestep(maps, len(as_names(settings.timesteps)), combine) if each else maps
 
 # %% ../nbs/library/10_backbone.ipynb #519b6d95
 @patch
@@ -348,39 +486,55 @@ def features_from_latents(
             f"latents: shape {tuple(latents.shape)} with hidden states {tuple(context.shape)}. "
             "Pass (B, C, h, w) with h and w multiples of 8, and (B, T, D)."
         )
-    return in_batches(lambda part: self.read(latents[part], context[part], settings), len(latents), batch_size)
+    if not (latents.isfinite().all() and context.isfinite().all()):
+        raise VermouthError("latents: NaN or infinite numbers in them or in the hidden states. Encode the images anew.")
+    find_places(self.unet, place_names(settings.stages))
+    run = lambda part: self.read(latents[part], context[part], settings)  # noqa: E731
+    maps = in_batches(run, len(latents), self._most(batch_size))
+    check_finite(maps, f"backbone={self.name!r}: its features", _remedy(self.dtype))
+    return maps
 
 # %% ../nbs/library/10_backbone.ipynb #e7a56d5e
 @patch
 def feature_dims(
     self: Backbone,
-    stages: str | Iterable[str] = ("mid", "up"),            # a row of `hooks.STAGE_SETS`
-    attention: str | Iterable[str] | None = ("up_cross",),  # as for `features`
+    stages: str | Iterable[str] = ("mid", "up"),            # as for `features`
+    attention: str | Iterable[str] | None = ("up_cross",),  # the same
 ) -> list[int]:                                             # channels of each level, lowest resolution first
-    "Channels of what `features` will return, without running anything."
+    "Channels of what `features` will return, without running anything. Raises VermouthError for an unknown place."
+    if names := place_names(stages):
+        places = find_places(self.unet, names)
+        return [places[name].channels or self.tokens for name in names]
     return pyramid_dims(self.unet.config.block_out_channels, self.tokens, stages, attention)
+
+# %% ../nbs/library/10_backbone.ipynb #0dab501a
+@patch
+def taps(
+    self: Backbone,
+    size: int | tuple[int, int] | None = None,  # side of the images, or (height, width); None: the model's own
+) -> Taps:                                      # they print as a table
+    "Every place of the U-Net that `features` can read. Raises VermouthError for a size that the model cannot take."
+    height, width = size if isinstance(size, (tuple, list)) else (size, size) if size else self.native_size
+    check_size(torch.empty(1, 3, height, width, device="meta"), self.multiple)
+    return list_taps(self.unet, (height // self.factor, width // self.factor), self.tokens)
 
 # %% ../nbs/library/10_backbone.ipynb #878b29e2
 def load_backbone(
     name: str | Path,                          # "toybox", a folder in diffusers format, or a hub id
     device: str | torch.device | None = None,  # None takes the best there is
-    dtype: str | torch.dtype = "float32",      # "float32", "bfloat16" or "float16"
+    dtype: str | torch.dtype = "float32",      # "float32", "bfloat16", "float16"; "auto": the faster of the first two
     revision: str | None = None,               # branch, tag or commit of a hub id
-    variant: str | None = None,                # weights of another name, as "fp16"
+    variant: str | None = None,                # weights of another name, as "fp16", which is found by itself
+    unet: str | Path | None = None,            # another U-Net in this checkpoint: folder, file of weights, or hub id
+    lora: str | Path | Sequence[str | Path] | None = None,  # files, folders, hub ids; added to U-Net and text encoder
 ) -> Backbone:
     "The frozen backbone of a checkpoint. Raises VermouthError if its parts are missing, damaged or of another model."
-    device, dtype = pick_device(device), pick_dtype(dtype)
-    folder = locate(str(name), revision, variant)
-    with no_loading_bars():
-        parts = {part: load_part(folder, part, dtype, variant) for part in WEIGHTS}
-    return Backbone.from_components(
-        **parts,
-        tokenizer=load_tokenizer(folder),
-        scheduler=load_scheduler(folder),
-        device=device,
-        dtype=dtype,
-        name=str(name),
-    )
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    parts, overlays = load_parts(str(name), dtype, revision, variant, unet, lora)
+    backbone = Backbone.from_components(**parts, device=device, dtype=dtype)
+    backbone.overlays = overlays
+    return backbone
 
 # %% ../nbs/library/10_backbone.ipynb #89f9a10a
 @patch
@@ -525,3 +679,44 @@ def compile_blocks(
         for kind in ("resnets", "attentions"):
             for part in getattr(block, kind, ()):
                 part.compile(dynamic=False, **options)
+
+# %% ../nbs/library/10_backbone.ipynb #0d3b2e06
+@patch
+def _find_batch(
+    self: Backbone,
+    size: int | tuple[int, int] | None,  # of the images
+    seconds: float,                      # that the search may take, about
+) -> int:                                # images in one pass
+    "Read 1, 2, 4, … grey images until more at once are not faster, and return the fewest that are nearly as fast."
+    grey, began, rates = self.prepare(torch.zeros(1, 3, 8, 8), size, (-1, 1)), time.perf_counter(), dict[int, float]()
+    self.features(grey, size="keep", value_range=(-1, 1))  # the first pass prepares
+    for n in (1, 2, 4, 8, 16, 32):
+        started = time.perf_counter()
+        self.features(grey.expand(n, -1, -1, -1), size="keep", batch_size=n, value_range=(-1, 1))
+        took = time.perf_counter() - started
+        rates[n] = n / took
+        *before, second, last = [0.0, 0.0, *rates.values()]
+        enough = max(second, last) < 1.05 * max(before, default=0.0)
+        if enough or time.perf_counter() - began + 2 * took > seconds:
+            break
+    return min(n for n, rate in rates.items() if rate > 0.95 * max(rates.values()))
+
+# %% ../nbs/library/10_backbone.ipynb #663ce970
+@patch
+def optimize(
+    self: Backbone,
+    compile: bool = False,  # write kernels, at the first pass of every shape: a minute or more each
+    batch: bool = True,     # find the best number of images in one pass
+    size: int | tuple[int, int] | None = None,  # of the images in that search; None: the model's own
+    seconds: float = 20,    # that the search may take, about
+) -> Backbone:              # itself
+    "Make this backbone faster on this machine; its features stay as they were up to rounding."
+    keep_freed_memory()
+    if max(self.unet.config.block_out_channels) >= 256:  # with fewer, reordering costs more than it saves
+        self.channels_last()
+    if compile:
+        self.compile_blocks()
+    if batch:
+        self.best_batch = None
+        self.best_batch = self._find_batch(size, seconds)
+    return self
