@@ -7,57 +7,126 @@ __all__ = ['locate']
 
 # %% ../nbs/library/07_checkpoint.ipynb #e1861553
 import json
-from collections.abc import Iterator
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.utils import is_accelerate_available
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from .core import VermouthError
+from .core import VermouthError, check_finite, file_digest
+
+if TYPE_CHECKING:  # seconds, for every command that needs no denoiser
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+# %% ../nbs/library/07_checkpoint.ipynb #ae0a8265
+def _reason(error: Exception) -> str:  # at most 120 characters
+    "The first line of an error's message."
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")[:120]
+
+# %% ../nbs/library/07_checkpoint.ipynb #e6fbd802
+_JSON_BYTES = 20_000_000  # the index of a thousand shards has a hundredth of it
+
+
+def _finite(text: str) -> float:
+    "A number in JSON. Raises ValueError for NaN and infinity."
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+# %% ../nbs/library/07_checkpoint.ipynb #ba7485ce
+def read_json(
+    path: Path,  # of a file
+    what: str,   # begins the message, as "name='folder': vae/config.json"
+) -> dict[str, Any]:
+    "The object in a JSON file. Raises VermouthError if it is missing, damaged, larger than 20 MB or not finite."
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError("larger than 20 MB")
+        values = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        if not isinstance(values, dict):
+            raise TypeError(f"a {type(values).__name__}, not a JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise VermouthError(f"{what} cannot be read ({_reason(error)}). Fetch it again.") from error
+    return values
 
 # %% ../nbs/library/07_checkpoint.ipynb #8d1c0bc9
-# class of each part, and the name of its file of weights
-WEIGHTS = {
-    "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
-    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    "text_encoder": ("CLIPTextModel", "model"),
-}
+WEIGHTS = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}  # class of each
+_PARTS = (*WEIGHTS, "tokenizer", "scheduler")
+_SD = "a Stable Diffusion 1.x or 2.x in diffusers format"
 
 # %% ../nbs/library/07_checkpoint.ipynb #ebeaf7c0
 def _check_index(
-    name: str,           # for the message
-    index: str | bytes,  # the content of model_index.json
+    name: str,              # for the message
+    index: dict[str, Any],  # the content of model_index.json
 ) -> None:
     "Raise VermouthError for a pipeline that is not Stable Diffusion 1.x or 2.x."
-    try:
-        parts = dict(json.loads(index))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise VermouthError(f"name={name!r}: its model_index.json is not a JSON object. Fetch it again.") from error
-    wanted = {part: cls for part, (cls, _) in WEIGHTS.items()} | {"text_encoder_2": None}  # SDXL has a second one
-    entries = {part: parts.get(part) for part in wanted}
+    wanted = WEIGHTS | {"text_encoder_2": None}  # SDXL has a second one
+    entries = {part: index.get(part) for part in wanted}
     found = {part: entry[1] if isinstance(entry, list) and len(entry) == 2 else None for part, entry in entries.items()}
     wrong = [f"{part} is {found[part] or 'missing'}" for part in wanted if found[part] != wanted[part]]
     if wrong:
+        raise VermouthError(f"name={name!r}: holds a {index.get('_class_name')} whose {wrong[0]}. Give {_SD}.")
+
+# %% ../nbs/library/07_checkpoint.ipynb #7e86938a
+def _what_it_is(folder: Path) -> str:
+    "What a folder without the parts of a checkpoint is for, as a remedy."
+    if any(folder.glob("*lora*.safetensors")) or (folder / "adapter_config.json").is_file():
+        return f"It holds a LoRA: load_backbone(base, lora={str(folder)!r}), with the checkpoint it was trained from."
+    unets = [place for place in (folder / "unet", folder / "unet_ema", folder) if (place / "config.json").is_file()]
+    if unets:
+        return f"A U-Net alone goes over its base: load_backbone(base, unet={str(unets[0])!r})."
+    return (
+        "Give a folder in diffusers format; StableDiffusionPipeline.from_single_file(…).save_pretrained(folder) "
+        "makes one of a single file."
+    )
+
+# %% ../nbs/library/07_checkpoint.ipynb #79385e95
+def _check_folder(
+    name: str,     # for the message
+    folder: Path,
+) -> None:
+    "Raise VermouthError for a folder of another pipeline, and for one that lacks a part, with where to find it."
+    lacks = [part for part in _PARTS if not (folder / part).is_dir()]
+    if (folder / "model_index.json").is_file():
+        what = f"name={name!r}: its model_index.json"
+        _check_index(name, read_json(folder / "model_index.json", what))
+    elif {"vae", "text_encoder"} <= set(lacks):  # of a whole checkpoint, these are never trained away
+        raise VermouthError(f"name={name!r}: no model_index.json in it. {_what_it_is(folder)}")
+    elif (folder / "text_encoder_2").is_dir():
+        raise VermouthError(f"name={name!r}: has a second text encoder, as SDXL does. Give {_SD}.")
+    if lacks:
         raise VermouthError(
-            f"name={name!r}: holds a {parts.get('_class_name')} whose {wrong[0]}. "
-            "Give a Stable Diffusion 1.x or 2.x in diffusers format."
+            f"name={name!r}: lacks {lacks[0]}/. Copy that folder from the checkpoint that this one was trained from, "
+            "such as stable-diffusion-v1-5/stable-diffusion-v1-5, or name that one and pass what was trained as unet=."
         )
 
 # %% ../nbs/library/07_checkpoint.ipynb #f075b2bf
+_STEMS = {part: "model" if part == "text_encoder" else "diffusion_pytorch_model" for part in WEIGHTS}
+
+
 def _patterns(
     variant: str | None,  # as "fp16"
 ) -> list[str]:
     "Which files of a repository to fetch."
     end = f".{variant}" if variant else ""
-    stems = [f"{part}/{stem}{end}" for part, (_, stem) in WEIGHTS.items()]
+    stems = [f"{part}/{stem}{end}" for part, stem in _STEMS.items()]
     weights = [stem + rest for stem in stems for rest in (".safetensors", "-*.safetensors")]
     return ["model_index.json", "*/config.json", "*.safetensors.index*.json", "scheduler/*", "tokenizer/*", *weights]
 
@@ -69,8 +138,14 @@ def _fetch(
 ) -> Path:                 # a folder of the hub's cache
     "The five parts of a checkpoint of the hub, from its cache or over the network."
     try:
-        _check_index(name, Path(hf_hub_download(name, "model_index.json", revision=revision)).read_bytes())
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_patterns(variant)))
+        listing = Path(hf_hub_download(name, "model_index.json", revision=revision))
+        _check_index(name, read_json(listing, f"name={name!r}: its model_index.json"))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_patterns(variant)))
+        lacks = [part for part in WEIGHTS if not any((folder / part).glob("*.safetensors"))]
+        if lacks:
+            shards = [f"{part}/{_STEMS[part]}*.safetensors" for part in lacks]
+            snapshot_download(name, revision=revision, allow_patterns=shards)
+        return folder
     except VermouthError:
         raise
     except (OSError, ValueError) as error:
@@ -85,29 +160,102 @@ def locate(
     name: str,                    # shipped name, folder, or hub id
     revision: str | None = None,  # for hub ids
     variant: str | None = None,   # for hub ids
-) -> Path:                        # a folder whose model_index.json names the right parts
+) -> Path:                        # a folder that holds the five parts
     "Find a checkpoint in the package, on disk or on the hub. Raises VermouthError if it is in none of them."
-    for folder in (Path(str(files("vermouth"))) / name, Path(name)):
-        if not (folder / "model_index.json").is_file():
-            continue
-        _check_index(name, (folder / "model_index.json").read_bytes())
-        return folder
-    if Path(name).exists():
-        raise VermouthError(
-            f"name={name!r}: no model_index.json in it. Give a folder in diffusers format; "
-            "StableDiffusionPipeline.from_single_file(…).save_pretrained(folder) makes one of a single file."
-        )
+    shipped = Path(str(files("vermouth"))) / name
+    here = shipped if (shipped / "model_index.json").is_file() else Path(name)
+    if here.exists():
+        _check_folder(name, here)
+        return here
     if name.count("/") != 1:
         raise VermouthError(
             f"name={name!r}: unknown. Give 'toybox', a folder in diffusers format, or a hub id such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5' (`hf download ID` fetches it)."
         )
-    return _fetch(name, revision, variant)
+    folder = _fetch(name, revision, variant)
+    _check_folder(name, folder)
+    return folder
 
-# %% ../nbs/library/07_checkpoint.ipynb #ae0a8265
-def _reason(error: Exception) -> str:  # at most 120 characters
-    "The first line of an error's message."
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+# %% ../nbs/library/07_checkpoint.ipynb #47764044
+_FILE = re.compile(
+    r"(?P<stem>[\w-]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<total>\d{5}))?"
+    r"(?:\.(?P<old_variant>[\w-]+))?\.safetensors"
+)
+
+
+def _complete_sets(folder: Path) -> dict[tuple[str, str, int], list[Path]]:  # (variant, stem, count) → that many files
+    "The models in a folder's safetensors files. Raises VermouthError if all of them lack shards."
+    sets: dict[tuple[str, str, int], dict[int, Path]] = defaultdict(dict)
+    for path in sorted(folder.glob("*.safetensors")):
+        if (m := _FILE.fullmatch(path.name)) and path.is_file():
+            key = m["variant"] or m["old_variant"] or "", m["stem"], int(m["total"] or 1)
+            sets[key][int(m["number"] or 1)] = path
+    whole = {key: list(found.values()) for key, found in sets.items() if sorted(found) == [*range(1, key[2] + 1)]}
+    if sets and not whole:
+        count, first = min((key[2], found) for key, found in sets.items())
+        raise VermouthError(f"{folder}: holds {len(first)} of {count} shards of weights. Fetch the others.")
+    return whole
+
+# %% ../nbs/library/07_checkpoint.ipynb #5b57d1ab
+def weight_files(
+    folder: Path,                # of one model
+    variant: str | None = None,  # as "fp16"; where a folder does not have it, what it has
+) -> list[Path]:                 # one file or all shards; none where there are no safetensors
+    "The files of one model. Raises VermouthError for missing shards, and for several variants of which none was named."
+    sets = _complete_sets(folder)
+    if not sets:
+        return []
+    known = ["open_clip_model", "open_clip_pytorch_model", "diffusion_pytorch_model", "model", "pytorch_model"]
+    order = [variant or "", "", "fp16"]
+    variants = {key[0] for key in sets}
+    if not variants & set(order) and len(variants) > 1:
+        raise VermouthError(
+            f"variant={variant!r}: {folder} holds {', '.join(sorted(variants))}. Pass one of them as variant=."
+        )
+
+    def rank(key: tuple[str, str, int]) -> tuple:
+        return order.index(key[0]) if key[0] in order else 3, known.index(key[1]) if key[1] in known else 9, key
+
+    return sets[min(sets, key=rank)]
+
+# %% ../nbs/library/07_checkpoint.ipynb #20eaed90
+def read_sizes(
+    paths: Iterable[Path],  # from `weight_files`
+) -> dict[str, tuple[int, ...]]:
+    "Names and shapes of tensors, without their content. Raises SafetensorError or OSError."
+    sizes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        with safe_open(path, "pt") as f:
+            sizes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no dictionary)
+    return sizes
+
+# %% ../nbs/library/07_checkpoint.ipynb #b0142108
+def check_counts(
+    what: str,    # begins the message
+    config: Any,  # of a model, from `read_json`
+    tensors: int,  # number of them in the files of weights
+) -> None:
+    "Raise VermouthError for more layers, or longer lists, than the weights can have tensors."
+    entries = config.items() if isinstance(config, Mapping) else []
+    for key, value in entries:
+        numbers = value if isinstance(value, list) else [value]
+        counts = [n for n in numbers if isinstance(n, (int, float)) and re.search("layers|depth|blocks", str(key))]
+        if len(numbers) > max(1000, tensors) or any(n > tensors for n in counts):
+            raise VermouthError(
+                f"{what} asks for more {key} than its {tensors} tensors of weights can be. Fetch both files again."
+            )
+        check_counts(what, value, tensors)
+
+# %% ../nbs/library/07_checkpoint.ipynb #821a3a6e
+def check_total(
+    what: str,         # begins the message
+    model: nn.Module,  # on the meta device
+    sizes: Mapping[str, Sequence[int]],  # from `read_sizes`
+) -> None:
+    "Raise VermouthError for a model that is larger than its weights."
+    wanted, given = sum(p.numel() for p in model.parameters()), sum(math.prod(shape) for shape in sizes.values())
+    if wanted > 2 * given:  # some tensors are shared, and positions are stretched to other image sizes
+        raise VermouthError(f"{what} asks for {wanted:,} weights where the files hold {given:,}. Fetch both again.")
 
 # %% ../nbs/library/07_checkpoint.ipynb #c8ce598e
 def check_sources(
@@ -118,58 +266,359 @@ def check_sources(
     if find_adapter_config_file(folder):
         raise VermouthError(f"{what} is an adapter. Merge it into its base model first.")
     for listing in folder.glob("*.index*.json"):
-        try:
-            shards = {str(file) for file in json.loads(listing.read_bytes())["weight_map"].values()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise VermouthError(f"{what} has a damaged {listing.name}. Fetch it again.") from error
-        if wrong := sorted(f for f in shards if Path(f).name != f or not f.endswith(".safetensors")):
+        shards = read_json(listing, f"{what} has an index of shards, whose {listing.name}").get("weight_map")
+        named = [str(f) for f in shards.values()] if isinstance(shards, dict) else ["nothing"]
+        if wrong := sorted(f for f in named if Path(f).name != f or not f.endswith(".safetensors")):
             raise VermouthError(
                 f"{what} has a {listing.name} that names {wrong[0]!r}. Give weights in safetensors format."
             )
 
+# %% ../nbs/library/07_checkpoint.ipynb #c8fcffd0
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def plain_names(
+    what: str,              # begins the message
+    names: Iterable[str],   # of weights, as the files have them
+    wanted: Iterable[str],  # by the model
+) -> dict[str, str]:        # name in the file → name in the model
+    "What the weights are called in the model. Warns once if a wrapper's prefix was removed."
+    wanted, renamed, wrapped = set(wanted), {}, ""
+    for name in names:
+        new = name.replace("_orig_mod.", "")
+        while new.startswith("module."):
+            new = new.removeprefix("module.")
+        wrapped = wrapped or (name if new != name else "")
+        *layer, module, kind = ["", *new.split(".")]
+        old_attention = ".".join([*layer, _OLD_ATTENTION.get(module, module), kind]).removeprefix(".")
+        spellings = (new, new.removeprefix("text_model."), f"text_model.{new}", old_attention)
+        renamed[name] = next((spelling for spelling in spellings if spelling in wanted), new)
+    if wrapped:
+        warnings.warn(f"{what} has names such as {wrapped!r}; the prefix of a wrapper is removed.", stacklevel=2)
+    return renamed
+
+# %% ../nbs/library/07_checkpoint.ipynb #97526896
+@dataclass(frozen=True)
+class LowRank:
+    "One LoRA: what it adds to the weights of U-Net and text encoder."
+
+    name: str    # as the caller gave it
+    digest: str  # sha256 of its file
+    # part → layer, without dots → A (r,in,…), B (out,r,…), α/r
+    pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]]
+
+# %% ../nbs/library/07_checkpoint.ipynb #a80ecffd
+_PAIR = re.compile(r"(.+?)_lora_(?:linear_layer_)?(A|B|down|up)(?:_\w+)?_weight")
+_LORA_PREFIXES = {
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "base_model_model_text_encoder_": "text_encoder",
+    "text_encoder_": "text_encoder",
+    "lora_unet_": "unet",
+    "base_model_model_unet_": "unet",
+    "base_model_model_": "unet",
+    "unet_": "unet",
+}
+
+
+def _layer_of(name: str) -> tuple[str, str]:  # the part; the layer without dots
+    "Which layer a matrix of a LoRA belongs to, in any of the trainers' spellings."
+    flat = name.replace(".", "_").replace("_processor_", "_")
+    prefix = next((p for p in _LORA_PREFIXES if flat.startswith(p)), "")
+    return _LORA_PREFIXES.get(prefix, "unet"), flat.removeprefix(prefix).removeprefix("text_model_")
+
+# %% ../nbs/library/07_checkpoint.ipynb #7337af3c
+def _lora_alpha(
+    what: str,                 # begins the message
+    settings: dict[str, Any],  # of peft, from the file's metadata or beside it
+    layer: str,                # without dots
+    rank: int,
+) -> float:
+    "The factor of a layer that has no alpha of its own. Raises VermouthError for what is not a plain sum."
+    if settings.get("use_dora") or not isinstance(settings.get("alpha_pattern") or {}, dict):
+        raise VermouthError(f"{what}: a DoRA, whose weights are not a plain sum. Merge it there and pass it as unet=.")
+    own = (settings.get("alpha_pattern") or {}).items()
+    named = [value for key, value in own if layer.endswith(key.replace(".", "_"))]
+    alpha = named[0] if named else settings.get("lora_alpha", rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise VermouthError(f"{what}: its lora_alpha is {alpha!r}. Pass a LoRA whose settings hold a number.")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+# %% ../nbs/library/07_checkpoint.ipynb #fa0ce502
+def _lora_settings(
+    what: str,   # begins the message
+    path: Path,  # of the file
+) -> dict[str, dict[str, Any]]:  # part → peft's settings
+    "What a LoRA says about its own factors, in the file's metadata or in adapter_config.json beside it."
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata")
+    if text:
+        try:
+            flat = dict(json.loads(text, parse_constant=_finite, parse_float=_finite))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise VermouthError(f"{what}: its metadata cannot be read ({_reason(error)}). Save it again.") from error
+        return {
+            part: {key.removeprefix(f"{part}."): value for key, value in flat.items() if key.startswith(f"{part}.")}
+            for part in WEIGHTS
+        }
+    beside = path.parent / "adapter_config.json"
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        return dict.fromkeys(WEIGHTS, read_json(beside, f"{what}: its adapter_config.json"))
+    return {}
+
+# %% ../nbs/library/07_checkpoint.ipynb #cfaa1878
+def _read_lora(
+    what: str,   # begins the message
+    path: Path,  # of the file
+) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
+    "The pairs of matrices in one file. Raises VermouthError for additions of another form."
+    tensors, settings = load_file(path), _lora_settings(what, path)
+    if not tensors:
+        raise VermouthError(f"{what}: holds no layers. Fetch it again.")
+    check_finite(tensors.values(), what)
+    halves: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for name, x in tensors.items():
+        pair = _PAIR.fullmatch(name.replace(".", "_"))
+        if not pair and not (name.endswith("alpha") and x.numel() == 1):
+            raise VermouthError(
+                f"{what}: {name!r} is not of a LoRA; LoHa, LoKr and DoRA are not read. Merge it and pass it as unet=."
+            )
+        layer = pair[1] if pair else re.sub(r"(\.lora)?\.alpha$", "", name)
+        halves[_layer_of(layer)][{"A": "down", "B": "up"}.get(pair[2], pair[2]) if pair else "alpha"] = x
+    pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {part: {} for part in WEIGHTS}
+    for (part, layer), half in halves.items():
+        if not {"down", "up"} <= set(half) or half["down"].ndim < 2:
+            raise VermouthError(f"{what}: {layer} has one half of a LoRA. Fetch it again.")
+        rank = max(1, half["down"].shape[0])
+        alpha = half["alpha"].item() / rank if "alpha" in half else None
+        scale = _lora_alpha(what, settings.get(part, {}), layer, rank) if alpha is None else alpha
+        pairs[part][layer] = half["down"], half["up"], scale
+    return pairs
+
+# %% ../nbs/library/07_checkpoint.ipynb #d302efba
+def add_lora(
+    state: dict[str, Tensor],  # weights of one part, changed in place
+    part: str,                 # "unet" or "text_encoder"
+    lora: LowRank,
+) -> None:
+    "Add a LoRA to weights, in float32. Raises VermouthError for layers that the part does not have."
+    layers = {
+        name.removesuffix(".weight").replace(".", "_").removeprefix("text_model_"): name
+        for name in state
+        if name.endswith(".weight")
+    }
+    for layer, (a, b, scale) in lora.pairs.get(part, {}).items():
+        name = layers.get(layer) or layers.get(f"{layer}_0")  # to_out is a list of two
+        fits = name and b.shape[1:2] == a.shape[:1] and b.shape[0] * a[0].numel() == state[name].numel()
+        if not name or not fits:
+            raise VermouthError(
+                f"lora={lora.name!r}: {layer} is {'of another size in' if name else 'not in'} this {part}. "
+                "Pass a LoRA that was trained on this kind of checkpoint."
+            )
+        product = b.flatten(1).float() @ a.flatten(1).float()
+        state[name] = state[name].float() + scale * product.view(state[name].shape)
+
+# %% ../nbs/library/07_checkpoint.ipynb #ed19bb76
+def _find_overlay(
+    argument: str,           # "unet" or "lora"
+    name: str,               # path, or hub id with or without a path behind it
+    patterns: Sequence[str],  # what to fetch of a folder on the hub
+) -> Path:                   # a folder, or a file of weights
+    "Where an overlay is. Raises VermouthError if it is nowhere."
+    path, (owner, _, rest) = Path(name), name.partition("/")
+    if path.suffix == ".safetensors" and path.is_file() or path.is_dir():
+        return path
+    if path.exists():
+        raise VermouthError(f"{argument}={name!r}: not in safetensors format. Pass a folder or a .safetensors file.")
+    repo, _, inside = rest.partition("/")
+    try:
+        if inside.endswith(".safetensors"):
+            return Path(hf_hub_download(f"{owner}/{repo}", inside))
+        wanted = [f"{inside}/{p}" for p in patterns] if inside else list(patterns)
+        return Path(snapshot_download(f"{owner}/{repo}", allow_patterns=wanted)) / inside
+    except (OSError, ValueError) as error:
+        raise VermouthError(
+            f"{argument}={name!r}: neither a folder nor a .safetensors file, and the hub does not give it "
+            f"({type(error).__name__}). Check the path, or fetch it with `hf download`."
+        ) from error
+
+# %% ../nbs/library/07_checkpoint.ipynb #8c9c8a4f
+def find_lora(
+    name: str | Path,  # file, folder, or hub id
+) -> LowRank:
+    "A LoRA by name. Raises VermouthError if it is missing, pickled or of another form."
+    what, files_wanted = f"lora={str(name)!r}", ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    place = _find_overlay("lora", str(name), [*files_wanted, "adapter_config.json"])
+    found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    known = [path for path in found if path.name in files_wanted] or found
+    if not known:
+        raise VermouthError(f"{what}: no .safetensors file in it; pickled ones are not read. Convert it.")
+    if len(known) > 1:
+        raise VermouthError(f"{what}: holds {len(known)} files, {', '.join(p.name for p in known[:3])}. Name one.")
+    try:
+        return LowRank(str(name), file_digest(known[0]), _read_lora(what, known[0]))
+    except (OSError, SafetensorError) as error:
+        raise VermouthError(f"{what}: cannot be read ({_reason(error)}). Fetch it again.") from error
+
+# %% ../nbs/library/07_checkpoint.ipynb #d3fddba0
+def find_unet(
+    name: str | Path,            # file of weights, folder with or without config.json, or hub id
+    base: Path,                  # the U-Net's folder in the checkpoint
+    variant: str | None = None,  # as "fp16"
+) -> tuple[Path, Path]:          # folder or file of the weights; folder of their config.json
+    "Another U-Net by name: its own configuration where it has one, else the checkpoint's. Raises VermouthError."
+    stems = [f"{place}diffusion_pytorch_model{end}" for place in ("", "unet/") for end in (f".{variant}", "")]
+    weights = [stem + rest for stem in stems for rest in (".safetensors", "-*.safetensors")]
+    place = _find_overlay("unet", str(name), ["config.json", "unet/config.json", *weights])
+    if place.is_file():
+        return place, base
+    if not (place / "config.json").is_file() and (place / "unet").is_dir():
+        place = place / "unet"
+    if not weight_files(place, variant):
+        raise VermouthError(f"unet={str(name)!r}: no safetensors weights in it; pickled ones are not read. Convert it.")
+    return place, place if (place / "config.json").is_file() else base
+
+# %% ../nbs/library/07_checkpoint.ipynb #758a7708
+def without_kernels(
+    config: dict[str, Any],  # of a model of transformers
+) -> dict[str, Any]:
+    "The same configuration without names of kernels, which transformers would fetch from the hub."
+    return {
+        key: without_kernels(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if "attn_implementation" not in key
+    }
+
+# %% ../nbs/library/07_checkpoint.ipynb #d5dd784f
+def _configured(
+    what: str,    # begins the message, as "name='folder': vae/"
+    part: str,    # a key of `WEIGHTS`
+    config: dict[str, Any],
+) -> nn.Module:   # on the meta device
+    "A part without its weights. Raises VermouthError for another class, and for settings that make no model."
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    given = config.get("_class_name") or next(iter(config.get("architectures") or ()), None) or WEIGHTS[part]
+    if given not in (WEIGHTS[part], "CLIPModel", "CLIPTextModelWithProjection"):
+        raise VermouthError(f"{what} holds a model of the class {given}. Give {_SD}.")
+    try:
+        with torch.device("meta"):
+            if part == "text_encoder":
+                plain = without_kernels(config)
+                return CLIPTextModel(CLIPTextConfig.from_dict(plain, attn_implementation="sdpa"))
+            return getattr(diffusers, WEIGHTS[part]).from_config(config)
+    except Exception as error:  # any value may be wrong in any way
+        raise VermouthError(
+            f"{what} has a config.json of no {WEIGHTS[part]} ({_reason(error)}). Fetch it again."
+        ) from error
+
+# %% ../nbs/library/07_checkpoint.ipynb #3f5ecd97
+def _fitting_names(
+    what: str,        # begins the message
+    model: nn.Module,  # on the meta device
+    sizes: dict[str, tuple[int, ...]],  # from `read_sizes`
+) -> dict[str, str]:  # name in the file → name in the model, of what the model has
+    "Compare a model with its weights. Raises VermouthError for missing ones, and for other shapes."
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    names = {old: new for old, new in plain_names(what, sizes, wanted).items() if new in wanted}
+    if missing := sorted(wanted.keys() - names.values()):
+        if any(name.startswith("model.diffusion_model.") for name in sizes):
+            remedy = "diffusers' from_single_file(…).save_pretrained(folder) makes a folder of it."
+            raise VermouthError(f"{what} has the names of a checkpoint in one file. {remedy}")
+        raise VermouthError(f"{what} lacks {len(missing)} of its weights, as {missing[0]}. Fetch it again.")
+    if other := [old for old, new in names.items() if sizes[old] != wanted[new]]:
+        asked = wanted[names[other[0]]]
+        raise VermouthError(
+            f"{what} cannot be read ({other[0]} has the shape {sizes[other[0]]} where config.json asks for {asked}). "
+            "Fetch both files again."
+        )
+    return names
+
+# %% ../nbs/library/07_checkpoint.ipynb #e2b11f53
+def read_part(
+    what: str,              # begins the message, as "name='folder': vae/"
+    paths: Sequence[Path],  # its files, from `weight_files`
+    part: str,              # a key of `WEIGHTS`
+    config: dict[str, Any],
+    dtype: torch.dtype,     # of the weights
+    lora: Sequence[LowRank] = (),  # added to them
+) -> nn.Module:             # on the CPU
+    "One part with all of its weights. Raises VermouthError if some are missing, of another size or not finite."
+    try:
+        sizes = read_sizes(paths)
+        check_counts(f"{what} config.json", config, len(sizes))
+        model = _configured(what, part, config)
+        names = _fitting_names(what, model, sizes)
+        state = {names[name]: x for path in paths for name, x in load_file(path).items() if name in names}
+    except (OSError, SafetensorError) as error:
+        raise VermouthError(f"{what} cannot be read ({_reason(error)}). Fetch it again.") from error
+    for one in lora:
+        add_lora(state, part, one)
+    state = {name: x.to(dtype, copy=True) for name, x in state.items()}  # not the mapped file, which may be replaced
+    check_finite(state.values(), what)
+    if part != "text_encoder":
+        model.load_state_dict(state, assign=True)
+        return model
+    options: dict[str, Any] = {"config": model.config, "state_dict": state, "dtype": dtype}
+    text_model: Any = type(model)
+    return text_model.from_pretrained(None, **options, attn_implementation="sdpa", trust_remote_code=False)
+
 # %% ../nbs/library/07_checkpoint.ipynb #9b378b5c
-def _check_files(
+def _part_files(
     folder: Path,         # in diffusers format
     part: str,            # a key of `WEIGHTS`
     variant: str | None,  # as "fp16"
-) -> None:
-    "Raise VermouthError if a part has no safetensors, or if its files name other sources."
-    name, stem, end = str(folder), WEIGHTS[part][1], f".{variant}" if variant else ""
-    if not any((folder / part).glob(f"{stem}{end}*.safetensors")):
-        raise VermouthError(
-            f"name={name!r}: no safetensors weights in {part}/ (pickled .bin files are not read). "
-            "Fetch them with `hf download`, or convert with save_pretrained(folder, safe_serialization=True)."
-        )
-    check_sources(f"name={name!r}: {part}/", folder / part)
+) -> list[Path]:
+    "A part's files. Raises VermouthError if it has no safetensors, or if its files name other sources."
+    check_sources(f"name={str(folder)!r}: {part}/", folder / part)
+    if found := weight_files(folder / part, variant):
+        return found
+    raise VermouthError(
+        f"name={str(folder)!r}: no safetensors weights in {part}/ (pickled .bin files are not read). "
+        "Fetch them with `hf download`, or convert with save_pretrained(folder, safe_serialization=True)."
+    )
 
 # %% ../nbs/library/07_checkpoint.ipynb #5e08ba4d
 def load_part(
-    folder: Path,                # in diffusers format
-    part: str,                   # "vae", "unet" or "text_encoder"
-    dtype: torch.dtype,          # of the weights
-    variant: str | None = None,  # as "fp16"
-) -> torch.nn.Module:            # on the CPU
+    folder: Path,                  # in diffusers format
+    part: str,                     # "vae", "unet" or "text_encoder"
+    dtype: torch.dtype,            # of the weights
+    variant: str | None = None,    # as "fp16"; where the part does not have it, what it has
+    lora: Sequence[LowRank] = (),  # added to the weights
+) -> nn.Module:                    # on the CPU
     "One part with all of its weights. Raises VermouthError if some are missing, damaged or pickled."
-    _check_files(folder, part, variant)
-    options = {"variant": variant, "use_safetensors": True, "output_loading_info": True}
-    diffusers_options = {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
-    try:
-        if part == "text_encoder":
-            model, info = CLIPTextModel.from_pretrained(
-                folder / part, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **options
-            )
-        else:
-            cls = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[part]
-            model, info = cls.from_pretrained(folder / part, **options, **diffusers_options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise VermouthError(
-            f"name={str(folder)!r}: {part}/ cannot be read ({_reason(error)}). Fetch it again."
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise VermouthError(
-            f"name={str(folder)!r}: {part}/ lacks {len(missing)} of its weights, as {missing[0]}. Fetch it again."
-        )
-    return model
+    what, paths = f"name={str(folder)!r}: {part}/", _part_files(folder, part, variant)
+    return read_part(what, paths, part, read_json(folder / part / "config.json", f"{what}config.json"), dtype, lora)
+
+# %% ../nbs/library/07_checkpoint.ipynb #40359416
+GUIDANCE = 8.5  # scale for latent consistency models
+
+
+def fold_guidance(
+    unet: "UNet2DConditionModel",
+    scale: float = GUIDANCE,  # w = scale - 1 is embedded as LCM's pipeline does
+) -> None:
+    "Make the embedding of a fixed guidance scale part of the time embedding's bias, where a U-Net takes one."
+    embedding: Any = unet.time_embedding
+    width = unet.config.time_cond_proj_dim
+    if not width or embedding.cond_proj is None:
+        return
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half) / (half - 1))
+    angles = (scale - 1) * 1000.0 * frequencies
+    guidance = F.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
+    first = embedding.linear_1
+    with torch.no_grad():
+        shift = first.weight.float() @ (embedding.cond_proj.weight.float() @ guidance)
+        first.bias = nn.Parameter((first.bias.float() + shift).to(first.bias.dtype))
+    embedding.cond_proj = None  # the scale is decided
+
+# %% ../nbs/library/07_checkpoint.ipynb #7c42e041
+def _plain_sample_size(config: dict[str, Any]) -> dict[str, Any]:
+    "A U-Net's configuration whose sample_size is one number: the smaller side, and 64 latents where it says nothing."
+    sides = config.get("sample_size") or 64
+    return config | {"sample_size": min(sides) if isinstance(sides, (list, tuple)) else sides}
 
 # %% ../nbs/library/07_checkpoint.ipynb #89e1dc0d
 _SCHEDULE = (
@@ -184,22 +633,28 @@ _SCHEDULE = (
 
 # %% ../nbs/library/07_checkpoint.ipynb #fc373040
 def load_scheduler(
-    folder: Path,    # in diffusers format
-) -> DDIMScheduler:  # whichever class the checkpoint names: the noise schedule is the same
+    folder: Path,      # in diffusers format
+) -> "DDIMScheduler":  # whichever class the checkpoint names: the noise schedule is the same
     "The checkpoint's noise schedule and kind of prediction. Raises VermouthError if there is none."
-    try:
-        config = dict(json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise VermouthError(
-            f"name={str(folder)!r}: scheduler/scheduler_config.json cannot be read ({type(error).__name__}). "
-            "Fetch it again."
-        ) from error
+    from diffusers import DDIMScheduler
+
+    what = f"name={str(folder)!r}: scheduler/scheduler_config.json"
+    config = read_json(folder / "scheduler" / "scheduler_config.json", what)
     if "beta_schedule" not in config:
         raise VermouthError(
             f"name={str(folder)!r}: its {config.get('_class_name')} has no beta_schedule. "
             "Give a Stable Diffusion 1.x or 2.x."
         )
-    return DDIMScheduler.from_config({k: v for k, v in config.items() if k in _SCHEDULE})
+    steps = config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 1 <= steps <= 100_000:
+        raise VermouthError(f"{what}: num_train_timesteps is {steps!r}. It is a number of steps, as 1000.")
+    try:
+        schedule = DDIMScheduler.from_config({k: v for k, v in config.items() if k in _SCHEDULE})
+    except Exception as error:  # any value may be wrong in any way
+        raise VermouthError(f"{what} has no schedule ({_reason(error)}). Fetch it again.") from error
+    if not ((schedule.betas >= 0) & (schedule.betas <= 1)).all():
+        raise VermouthError(f"{what}: its betas are not between 0 and 1. Fetch it again.")
+    return schedule
 
 # %% ../nbs/library/07_checkpoint.ipynb #042ec085
 def load_tokenizer(
@@ -216,6 +671,59 @@ def load_tokenizer(
         raise VermouthError(
             f"name={str(folder)!r}: tokenizer/ cannot be read ({_reason(error)}). Fetch it again."
         ) from error
+
+# %% ../nbs/library/07_checkpoint.ipynb #599b6042
+def _load_unet(
+    folder: Path,              # of the checkpoint
+    dtype: torch.dtype,
+    variant: str | None,
+    name: str | Path | None,   # of another U-Net
+    lora: Sequence[LowRank],
+) -> Any:
+    "The U-Net of a checkpoint, or another one over it."
+    gap = "" if name is None else " "
+    if name is None:
+        what, place, paths = f"name={str(folder)!r}: unet/", folder / "unet", _part_files(folder, "unet", variant)
+    else:
+        weights, place = find_unet(name, folder / "unet", variant)
+        what, paths = f"unet={str(name)!r}:", [weights] if weights.is_file() else weight_files(weights, variant)
+    config = _plain_sample_size(read_json(place / "config.json", f"{what}{gap}config.json"))
+    model: Any = read_part(what, paths, "unet", config, dtype, lora)
+    fold_guidance(model)
+    return model
+
+# %% ../nbs/library/07_checkpoint.ipynb #e3c80ced
+def _last(name: str | Path) -> str:
+    "The last part of a path on this machine; a name on the hub as it is."
+    return Path(name).resolve().name if Path(name).exists() else str(name)
+
+# %% ../nbs/library/07_checkpoint.ipynb #24f4c71e
+def load_parts(
+    name: str,                              # "toybox", a folder, or a hub id
+    dtype: torch.dtype,                     # of the weights
+    revision: str | None = None,            # of a hub id
+    variant: str | None = None,             # as "fp16"
+    unet: str | Path | None = None,         # another U-Net than the checkpoint's
+    lora: str | Path | Sequence[str | Path] | None = None,  # one or several, added to U-Net and text encoder
+) -> tuple[dict[str, Any], list[str]]:      # arguments of `Backbone.from_components`; digests of the overlays
+    "The five parts of a checkpoint with its overlays. Raises VermouthError if one is missing, damaged or does not fit."
+    folder, lora = locate(name, revision, variant), [lora] if isinstance(lora, (str, Path)) else list(lora or ())
+    variants = {key[0] for part in WEIGHTS for key in _complete_sets(folder / part)} - {""}
+    if variant and variant not in variants and unet is None:
+        has = f"only {', '.join(sorted(variants))}" if variants else "no variants"
+        raise VermouthError(f"variant={variant!r}: {name} has {has}. Leave variant= away, or pass one that it has.")
+    loras = [find_lora(one) for one in lora]
+    for part in WEIGHTS if unet is None else ("vae", "text_encoder"):
+        _part_files(folder, part, variant)  # what is missing is said before anything is read
+    parts: dict[str, Any] = {"scheduler": load_scheduler(folder), "tokenizer": load_tokenizer(folder)}
+    with no_loading_bars():
+        parts["vae"] = load_part(folder, "vae", dtype, variant)
+        parts["text_encoder"] = load_part(folder, "text_encoder", dtype, variant, loras)
+        parts["unet"] = _load_unet(folder, dtype, variant, unet, loras)
+    if unet or lora:  # what a path leads to, not where it is
+        over = [f"unet={_last(unet)}"] if unet else []
+        name = " + ".join([_last(name), *over, *(f"lora={_last(one)}" for one in lora)])
+    return parts | {"name": name}, [one.digest for one in loras]
 
 # %% ../nbs/library/07_checkpoint.ipynb #9d8dbd97
 @contextmanager

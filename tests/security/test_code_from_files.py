@@ -41,7 +41,7 @@ def build(root):
 
 def load_head(root):
     parts = {"backbone": root, **{part: root / part for part in ("clip", "captioner", "expert")}}
-    return Vermouth.load(copy_head(root.parent / "head", **parts), "cpu")
+    return Vermouth.load(copy_head(root.parent / "head", **parts), "cpu", allow=("folder",))
 
 
 @pytest.fixture
@@ -186,10 +186,37 @@ def test_names_in_a_card_are_not_fetched_unless_that_is_allowed(part, name, tmp_
         return loaders[part](source, *args, **options)
 
     monkeypatch.setattr(f"vermouth.model.load_{part}", load)
-    with pytest.raises(VermouthError, match=re.escape(f"{part} is {name!r}")):
+    with pytest.raises(VermouthError, match=re.escape(f"only its card names: {part} {name!r}.")):
         Vermouth.load(head, "cpu")
     assert not fetched
     assert Vermouth.load(head, "cpu", allow=("hub",)) and fetched == [name]
+
+
+COMMANDS = {
+    "classify": ["classify", "photo.png", "--names", "cat,fish"],
+    "segment": ["segment", "photo.png", "--names", "cat,fish", "--out", "mask.png"],
+    "index": ["index", "photos", "--out", "idx"],
+    "train": ["train", "photos", "--out", "mine"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_program_says_what_it_would_fetch_and_fetches_it_only_when_told(command, photos, tmp_path, monkeypatch):
+    "Without a network: the names are in no cache, so that fetching ends in another sentence."
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for path in ("photo.png", "photos/a.png"):
+        photos[0].save(path)
+    copy_head(tmp_path / "head", clip="hf-hub:someone/clip", captioner="someone/captioner")
+    words = [*COMMANDS[command], "--model", "head"]
+    stopped, told = run_here(*words), run_here(*words, "--fetch")
+    assert (stopped.exit_code, stopped.stdout, stopped.stderr.count("\n")) == (2, "", 1), stopped.stderr
+    says = "it would fetch what is no folder here and only its card names: clip 'hf-hub:someone/clip', captioner "
+    assert says + "'someone/captioner'." in stopped.stderr and "--fetch" in stopped.stderr
+    assert (told.exit_code, told.stdout) == (2, "") and "clip='hf-hub:someone/clip': cannot be loaded" in told.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "photo.png", "photos"]
 
 
 def test_a_part_that_the_caller_passes_stands_for_its_name(tmp_path):
