@@ -167,6 +167,17 @@ def test_the_packaged_names_are_those_of_the_data_sets():
     assert (ade[0], ade[149], class_names("voc20")[14]) == ("wall", "flag", "person")
 
 
+def test_run_together_names_are_words_and_the_official_ones_are_accepted(tmp_path):
+    changed = {
+        d: sum(a != b for a, b in zip(class_names(d), class_names(d, original=True), strict=True)) for d in OFFICIAL
+    }
+    assert changed == {"pc59": 1, "pc459": 94, "ade847": 5} | dict.fromkeys(("voc20", "ade150", "coco_stuff171"), 0)
+    assert {"air conditioner", "hot-air balloon", "video game console"} < {*class_names("pc459")}
+    put(tmp_path, "JPEGImages/a.jpg", "annotations_detectron2/pc459_val/a.tif", [0, 2])
+    for name in ("airconditioner", "air conditioner"):
+        assert load_segmentation("pc459", tmp_path, unseen=[name]).unseen == (2,)
+
+
 def make_folder(root, names="cat\ndog\nvoid (ignore)\n"):
     for part in ("train", "test"):
         for name in "ab":

@@ -7,6 +7,7 @@ __all__ = ['FewShotData', 'load_fewshot']
 
 # %% ../../nbs/data/05_fewshot.ipynb #4b06d2c6
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
-from ..core import VermouthError, choose
+from ..core import VermouthError, choose, file_digest
 from .categories import packaged
 from vermouth.data.items import (
     Item,
+    by_class,
     check_counts,
     check_files,
     check_root,
+    class_folders,
+    entry_path,
     few_shots,
+    folder_items,
+    inner_root,
     limited,
     plain_name,
     read_lines,
+    read_text,
     toy_items,
 )
+from ..images import is_junk
 
 # %% ../../nbs/data/05_fewshot.ipynb #0a4526a5
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class _Layout:
 
 # %% ../../nbs/data/05_fewshot.ipynb #0120a08e
 LAYOUTS = {name: _Layout(**fields) for name, fields in packaged("layouts/fewshot.json").items()}
-DATASETS = ("toybox", *LAYOUTS)
+DATASETS = ("toybox", *LAYOUTS, "folder")
 
 # %% ../../nbs/data/05_fewshot.ipynb #a7f221a8
 def _missing(root: Path, dataset: str, name: str) -> VermouthError:
@@ -72,8 +80,8 @@ _Row = tuple[str, int, str]  # path, label, class name
 def _rows(path: Path, part: str) -> list[_Row]:
     "One list of a JSON file. Raises VermouthError if the file has another form."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
         raise VermouthError(f"{path}: cannot be read as JSON ({e}). Restore the official file.") from e
     if not isinstance(content, dict):
         raise VermouthError(f"{path}: a {type(content).__name__}, not lists by name. Restore the official file.")
@@ -88,7 +96,7 @@ def _rows(path: Path, part: str) -> list[_Row]:
             raise VermouthError(
                 f"{path}: {str(row)[:80]} in {part!r} is not [path, label, name]. Restore the official file."
             )
-    return [tuple(row) for row in rows]
+    return [(entry_path(image), label, name) for image, label, name in rows]
 
 # %% ../../nbs/data/05_fewshot.ipynb #335b052d
 def _read_split(dataset: str, root: Path) -> list[list[_Row]]:  # train, test
@@ -109,7 +117,7 @@ def _read_aircraft(dataset: str, root: Path) -> list[list[_Row]]:  # train, test
     variants, *lists = [read_lines(base / name).values() for name in names]
     label, parts = {variant: i for i, variant in enumerate(variants)}, []
     for name, lines in zip(names[1:], lists, strict=True):
-        pairs = [line.partition(" ")[::2] for line in lines]
+        pairs = [(words[0], " ".join(words[1:])) for words in map(str.split, lines)]
         if unknown := [variant for _, variant in pairs if variant not in label]:
             raise VermouthError(f"{base / name}: {unknown[0]!r} is not in variants.txt. Restore the official files.")
         parts.append([(f"{image}.jpg", label[variant], variant) for image, variant in pairs])
@@ -118,7 +126,7 @@ def _read_aircraft(dataset: str, root: Path) -> list[list[_Row]]:  # train, test
 # %% ../../nbs/data/05_fewshot.ipynb #4b8ec6b4
 def _folder_names(path: Path) -> dict[str, str]:  # folder → name
     "CLIP's names for ImageNet's folders; two of them stand for two folders each, and get the folder's id."
-    pairs = [line.partition(" ")[::2] for line in read_lines(path).values()]
+    pairs = [(words[0], " ".join(words[1:])) for words in map(str.split, read_lines(path).values())]
     if bad := [folder for folder, name in pairs if not name]:
         raise VermouthError(f"{path}: {bad[0]!r} has no name. Restore CoOp's file.")
     names = [name for _, name in pairs]
@@ -134,7 +142,7 @@ def _read_imagenet(dataset: str, root: Path) -> list[list[_Row]]:  # train, test
     for part in ("train", "val"):
         if not (images / part).is_dir():
             raise _missing(root, dataset, f"images/{part}")
-        folders = sorted(p.name for p in (images / part).iterdir() if p.is_dir())
+        folders = sorted(p.name for p in (images / part).iterdir() if p.is_dir() and not is_junk(p.name))
         if wrong := sorted(set(folders) ^ set(names)):
             raise VermouthError(
                 f"{images / part}: {wrong[0]} is in only one of classnames.txt and the folders. "
@@ -142,7 +150,7 @@ def _read_imagenet(dataset: str, root: Path) -> list[list[_Row]]:  # train, test
             )
         rows = []
         for label, folder in enumerate(folders):
-            files = sorted(p.name for p in (images / part / folder).iterdir() if not p.name.startswith("."))
+            files = sorted(p.name for p in (images / part / folder).iterdir() if not is_junk(p.name))
             rows += [(f"{part}/{folder}/{file}", label, names[folder]) for file in files]
         parts.append(rows)
     return parts
@@ -238,9 +246,9 @@ def shots(
     "The training images of one run: from its index file, or drawn by seed. Raises VermouthError if a class has fewer."
     check_counts(shots=(k, 1), seed=(seed, 0))
     index, images = self.index_file(k, seed), self.images
-    items = _indexed(self, images, index, k) if index and images else few_shots(self.train, self.names, k, seed)
-    check_files(items, images, self.dataset)
-    return items
+    kind = "images to take shots from" if self.dataset == "folder" else "images"  # others are held out of a folder
+    items = _indexed(self, images, index, k) if index and images else few_shots(self.train, self.names, k, seed, kind)
+    return check_files(items, images, self.dataset)
 
 # %% ../../nbs/data/05_fewshot.ipynb #2020bdb8
 @patch
@@ -271,6 +279,60 @@ def _toybox(split: str, test_per_class: int) -> FewShotData:
     train, names = toy_items("photo", split, TOYBOX_POOL, TRAIN_SEED)
     test, _ = toy_items("photo", split, test_per_class, TEST_SEED)
     return FewShotData("toybox", names, train, test)
+
+# %% ../../nbs/data/05_fewshot.ipynb #e3979487
+def _held_out(items: Sequence[Item], names: Sequence[str]) -> list[list[Item]]:  # to train on, to test on
+    "A third of each class for testing, at least one. Raises VermouthError for a class of one image."
+    tests: set[int] = set()
+    for label, positions in by_class(items, 0).items():
+        if len(positions) < 2:
+            remedy = "Give it one to train on and one to test on, or remove it."
+            raise VermouthError(f"root: class {names[label]!r} has 1 image. {remedy}")
+        tests |= {*positions[: max(1, len(positions) // 3)]}
+    return [[item for i, item in enumerate(items) if (i in tests) == test] for test in (False, True)]
+
+# %% ../../nbs/data/05_fewshot.ipynb #d951f137
+def _without_copies(train: list[Item], test: list[Item]) -> list[Item]:
+    "Files to train on that equal no test file of their class, byte for byte; one warning for the others."
+
+    def kinds(items: list[Item]) -> list[tuple[int, int]]:
+        return [(item.label, Path(str(item.source)).stat().st_size) for item in items]
+
+    def contents(items: list[Item]) -> list[tuple[int, str]]:  # read only where a test file is of the same size
+        sizes = zip(items, kinds(items), strict=True)
+        return [(item.label, file_digest(str(item.source)) if kind in both else "") for item, kind in sizes]
+
+    both = {*kinds(train)} & {*kinds(test)}
+    known = {content for content in contents(test) if content[1]}
+    copies = {item.key: item for item, content in zip(train, contents(train), strict=True) if content in known}
+    if copies:
+        what = f"{len(copies)} of {len(train)} images to train on are copies of test images and left out"
+        warnings.warn(f"{what}, first {min(copies)!r}.", stacklevel=2)
+    return [item for item in train if item.key not in copies]
+
+# %% ../../nbs/data/05_fewshot.ipynb #296bea1e
+def _part_folders(root: Path) -> list[dict[str, list[Path]]]:  # of train and test, or of both in one: class → folders
+    "The class folders of each part. Raises VermouthError for a class that one of them lacks."
+    parts = [name for name in ("train", "test", "val") if (root / name).is_dir()][:2]
+    if len(parts) < 2 or parts[0] != "train":
+        return [class_folders(root)]
+    found = [class_folders(root / part) for part in parts]
+    for here, there, part, other in ((*found, *parts), (*found[::-1], *parts[::-1])):
+        if lone := [name for name in here if name not in there]:
+            what = f"class {lone[0]!r} is in {part}/ but not in {other}/"
+            raise VermouthError(f"root={str(root)!r}: {what}. Give both the same classes.")
+    return found
+
+# %% ../../nbs/data/05_fewshot.ipynb #b74a6891
+def _folder(root: Path) -> FewShotData:
+    "Images by folder, classes in the order of their names. Raises VermouthError if there are less than two."
+    parts = _part_folders(root)
+    if len(names := list(parts[0])) < 2:
+        remedy = "Put the images of each class into a folder of its own, at least two of them"
+        raise VermouthError(f"root={str(root)!r}: {len(names)} class folders. {remedy}.")
+    lists = [folder_items(root, folders, names) for folders in parts]
+    train, test = lists if len(lists) == 2 else _held_out(lists[0], names)
+    return FewShotData("folder", tuple(map(plain_name, names)), _without_copies(train, test), test)
 
 # %% ../../nbs/data/05_fewshot.ipynb #a9a4c1d6
 def _download(dataset: str, root: Path) -> None:
@@ -304,7 +366,7 @@ def _official(dataset: str, root: Path) -> FewShotData:
 
 # %% ../../nbs/data/05_fewshot.ipynb #5b2defe2
 def load_fewshot(
-    dataset: str = "toybox",         # toybox, or one of the eleven names above
+    dataset: str = "toybox",         # toybox, folder, or one of the eleven names above
     root: str | Path | None = None,  # the folder that holds the data set's folder; not for toybox
     limit: int | None = None,        # at most so many test images, even over classes; None = all
     split: str = "unseen",           # toybox only: which categories, "seen", "unseen" or "all"
@@ -317,10 +379,12 @@ def load_fewshot(
     if dataset == "toybox":
         data = _toybox(split, test_per_class)
         return replace(data, test=limited(data.test, limit))
-    root = check_root(root, f"{LAYOUTS[dataset].folder}/", download)
+    if dataset == "folder":
+        root = check_root(root, "a folder for each class")
+        data = _folder(inner_root(root, lambda path: len(class_folders(path)) > 1))
+        return replace(data, test=limited(data.test, limit))
+    root, home = check_root(root, f"{LAYOUTS[dataset].folder}/", download), LAYOUTS[dataset].folder
     if download:
         _download(dataset, root)
-    data = _official(dataset, root)
-    test = limited(data.test, limit)
-    check_files(test, root, dataset)
-    return replace(data, test=test)
+    data = _official(dataset, inner_root(root, lambda path: not path.is_dir() or (path / home).is_dir()))
+    return replace(data, test=check_files(limited(data.test, limit), root, dataset))

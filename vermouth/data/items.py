@@ -6,17 +6,21 @@
 __all__ = ['Item', 'show_rows']
 
 # %% ../../nbs/data/02_items.ipynb #115993d8
-from collections.abc import Sequence
-from dataclasses import dataclass
+import codecs
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ..core import VermouthError
+from ..core import VermouthError, is_text
 from .toybox import Toybox
-from ..images import read_image
+from ..images import SUFFIXES, is_image_name, is_junk, read_bytes, read_image, unread_kinds
 
 # %% ../../nbs/data/02_items.ipynb #294729a8
 Source = str | Path | tuple[Toybox, int]
@@ -58,9 +62,17 @@ def toy_items(
     return [Item((toybox, i), label, names[label], f"{key}/{i}") for i, label in enumerate(labels)], tuple(names)
 
 # %% ../../nbs/data/02_items.ipynb #401ac455
+def composed(name: str) -> str:
+    "A name in composed Unicode, without invisible marks; control characters become spaces."
+    if name.isascii() and name.isprintable():
+        return name
+    name = re.sub("[\ufeff\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", name)
+    return unicodedata.normalize("NFC", "".join(" " if unicodedata.category(c) == "Cc" else c for c in name))
+
+# %% ../../nbs/data/02_items.ipynb #d33aef80
 def plain_name(name: str) -> str:
-    "A class name with spaces for underscores."
-    return " ".join(name.replace("_", " ").split())
+    "A class name as composed text, with spaces for underscores."
+    return " ".join(composed(name).replace("_", " ").split())
 
 # %% ../../nbs/data/02_items.ipynb #e6fe0945
 def by_class(
@@ -88,12 +100,12 @@ def few_shots(
     if shots == 0:
         return list(items)
     members = by_class(items, seed)
-    for label, name in enumerate(names):
-        have = len(members.get(label, []))
-        if have < shots:
-            raise VermouthError(
-                f"shots={shots}: class {name!r} has {have} {kind}. Ask for at most {have}, or add images."
-            )
+    counts = {name: len(members.get(label, [])) for label, name in enumerate(names)}
+    if few := {name: count for name, count in counts.items() if count < shots}:
+        (name, have), *others = few.items()
+        also = f" Too few in {', '.join(f'{name!r} ({count})' for name, count in others)}, too." if others else ""
+        remedy = f"Ask for at most {min(few.values())}, or add images."
+        raise VermouthError(f"shots={shots}: class {name!r} has {have} {kind}. {remedy}{also}")
     return [items[i] for i in sorted(i for positions in members.values() for i in positions[:shots])]
 
 # %% ../../nbs/data/02_items.ipynb #c5be1538
@@ -107,16 +119,116 @@ def limited(
     turns = [(turn, label, i) for label, positions in by_class(items, 0).items() for turn, i in enumerate(positions)]
     return [items[i] for i in sorted(i for _, _, i in sorted(turns)[:limit])]
 
+# %% ../../nbs/data/02_items.ipynb #00241943
+def decoded(data: bytes) -> str:  # with line ends as \n
+    "The text in the bytes of a UTF-8, UTF-16 or UTF-32 file. Raises ValueError for another encoding."
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those that they begin with
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((name for mark, name in marks.items() if data.startswith(mark)), "")
+    if not encoding:  # Latin letters in UTF-16 leave every other byte 0
+        zeros = [2 * data[place::2].count(0) > len(data) // 2 for place in (0, 1)]
+        encoding = "utf-16-be" if zeros[0] else "utf-16-le" if zeros[1] else "utf-8"
+    if "\0" in (text := data.decode(encoding)):
+        raise ValueError("it holds zero bytes")
+    return re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
+
+# %% ../../nbs/data/02_items.ipynb #2abf5fbc
+def read_text(path: Path) -> str:
+    "The text of a file, as `decoded`. Raises VermouthError for another encoding, and if it cannot be read."
+    try:
+        return decoded(read_bytes(path))
+    except (OSError, ValueError) as e:
+        raise VermouthError(f"{path}: cannot be read as text ({e}). Save it as UTF-8, or restore the file.") from e
+
 # %% ../../nbs/data/02_items.ipynb #41d63137
 def read_lines(path: Path) -> dict[int, str]:
     "Stripped lines that are not blank, by their number from 1. Raises VermouthError if there is none, or no text."
-    try:
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    except (OSError, UnicodeDecodeError) as e:
-        raise VermouthError(f"{path}: cannot be read as text ({e}). Restore the official file.") from e
+    lines = enumerate(read_text(path).split("\n"), 1)
     if not (kept := {number: line.strip() for number, line in lines if line.strip()}):
         raise VermouthError(f"{path}: no lines. Restore the file: one entry a line.")
     return kept
+
+# %% ../../nbs/data/02_items.ipynb #2a3953d8
+def entries(folder: Path) -> list[Path]:  # by name
+    "What a folder holds, without junk. Raises VermouthError if it cannot be opened."
+    try:
+        return sorted(path for path in folder.iterdir() if not is_junk(path.name))
+    except OSError as e:
+        raise VermouthError(f"{folder}: cannot be opened ({e.strerror}). Check the path and its permissions.") from e
+
+# %% ../../nbs/data/02_items.ipynb #447e53ab
+def images_below(
+    folder: Path,                  # walked with its sub-folders
+) -> tuple[list[Path], list[str]]:  # images by name; names of all other files
+    "The files of a folder that are named like images. Nothing that `is_junk` is looked into."
+    images, others, folders = [], [], [folder]
+    while folders:
+        for path in entries(folders.pop()):
+            if path.is_dir():
+                folders += [] if path.is_symlink() else [path]  # links may go round in a circle
+            elif is_image_name(path.name):
+                images.append(path)
+            else:
+                others.append(path.name)
+    return sorted(images, key=lambda path: [composed(part) for part in path.parts]), others
+
+# %% ../../nbs/data/02_items.ipynb #47f0f69f
+def class_folders(folder: Path) -> dict[str, list[Path]]:  # by name, in order
+    "The sub-folders of a folder. Raises VermouthError for a name that is no text, and for two that mean one class."
+    found: dict[str, list[Path]] = {}  # composed and decomposed names are one, so a class may have two folders
+    for path in entries(folder):
+        if path.is_dir() and not is_text(path.name):
+            raise VermouthError(f"root={str(folder)!r}: folder {path.name!r} has no name in UTF-8. Rename it.")
+        if path.is_dir():
+            found.setdefault(composed(path.name).strip(), []).append(path)
+    if [*found] == [composed(folder.name)]:
+        return class_folders(found[composed(folder.name)][0])  # an archive's folder within itself
+    plain = [plain_name(name) for name in found]
+    if twice := [name for name in found if plain.count(plain_name(name)) > 1]:
+        two, remedy = " and ".join(map(repr, twice[:2])), "Put their images together, or rename one."
+        raise VermouthError(f"root={str(folder)!r}: folders {two} are one class. {remedy}")
+    return dict(sorted(found.items()))
+
+# %% ../../nbs/data/02_items.ipynb #00578ec8
+def class_images(
+    root: Path,
+    folders: Sequence[Path],  # of one class, below root
+) -> list[Path]:              # by name
+    "The images of a class. Raises VermouthError if there is none, and names the kinds that are not read."
+    found = [images_below(folder) for folder in folders]
+    unread, where = unread_kinds(name for _, names in found for name in names), folders[0].relative_to(root).as_posix()
+    if not any(images for images, _ in found):
+        remedy = unread or f"Add some ({', '.join(SUFFIXES[:8])}, …) or remove the class."
+        raise VermouthError(f"root={str(root)!r}: no images in {where}. {remedy}")
+    if unread:
+        warnings.warn(f"{where}: {unread}", stacklevel=2)
+    return [path for images, _ in found for path in images]
+
+# %% ../../nbs/data/02_items.ipynb #59382a8c
+def folder_items(
+    root: Path,
+    folders: dict[str, list[Path]],  # of each class, below root
+    names: Sequence[str],            # the classes, by label
+) -> list[Item]:                     # class by class
+    "The images of class folders. Raises VermouthError if a class has none."
+    items = []
+    for label, name in enumerate(names):
+        for path in class_images(root, folders[name]):
+            items.append(Item(path, label, plain_name(name), path.relative_to(root).as_posix()))
+    return items
+
+# %% ../../nbs/data/02_items.ipynb #045c316c
+def inner_root(
+    root: Path,
+    holds: Callable[[Path], bool],  # True for a folder that is itself the data set
+) -> Path:
+    "The folder of the data set: root, or the only folder in it, and so on."
+    while not holds(root):
+        inside = [path for path in entries(root) if path.is_dir()]
+        if len(inside) != 1 or inside[0].is_symlink():
+            break
+        root = inside[0]
+    return root
 
 # %% ../../nbs/data/02_items.ipynb #877d8482
 def check_counts(**counts: tuple[object, int]) -> None:  # argument = (its value, the least it may be)
@@ -140,7 +252,9 @@ def check_root(
 
 # %% ../../nbs/data/02_items.ipynb #b446db8b
 class Sourced(Protocol):
-    "What `check_files` needs of an item."
+    "What `check_files` needs of an item, which is a dataclass."
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def source(self) -> Source: ...
@@ -148,18 +262,56 @@ class Sourced(Protocol):
     @property
     def key(self) -> str: ...
 
+# %% ../../nbs/data/02_items.ipynb #3651b738
+Placed = TypeVar("Placed", bound=Sourced)
+
+# %% ../../nbs/data/02_items.ipynb #17a55531
+def entry_path(entry: str) -> str:
+    "A path as a list spells it, with forward slashes."
+    return entry.strip().replace("\\", "/").removeprefix("./")
+
+# %% ../../nbs/data/02_items.ipynb #8e04541a
+def _respelled(path: Path, seen: dict[Path, dict[str, list[str]]]) -> Path:
+    "The file that differs from a missing one in its accents' encoding, case or kind of image; else the path itself."
+
+    def keys(name: str) -> tuple[str, str]:
+        plain = composed(name).casefold()
+        return plain, plain.rpartition(".")[0] if plain.endswith(SUFFIXES) else plain
+
+    if path.exists() or path.parent == path:
+        return path
+    parent = _respelled(path.parent, seen)
+    if parent not in seen:
+        seen[parent] = {}
+        for name in sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []:
+            for key in {*keys(name)}:
+                seen[parent].setdefault(key, []).append(name)
+    for key in keys(path.name):
+        if len(names := seen[parent].get(key, [])) == 1:
+            return parent / names[0]
+    return path
+
 # %% ../../nbs/data/02_items.ipynb #c860cf9c
 def check_files(
-    items: Sequence[Sourced],
+    items: Sequence[Placed],
     root: str | Path | None,  # for the message
     dataset: str,             # for the message
-) -> None:
-    "Raises VermouthError if an item's file is missing."
-    if missing := [item.key for item in items if isinstance(item.source, Path) and not item.source.is_file()]:
+) -> list[Placed]:            # with the file's own spelling for each source
+    "The items whose files are there. Raises VermouthError if one is missing."
+    seen: dict[Path, dict[str, list[str]]] = {}
+    found, missing = list(items), []
+    for i, item in enumerate(items):
+        if isinstance(item.source, Path) and not item.source.is_file():
+            if (path := _respelled(item.source, seen)).is_file():
+                found[i] = replace(item, source=path)
+            else:
+                missing.append(item.key)
+    if missing:
         raise VermouthError(
             f"root={str(root)!r}: {len(missing)} of {len(items)} listed images are missing, first {missing[0]!r}. "
             f"Unpack the images of {dataset} below root, where its lists expect them."
         )
+    return found
 
 # %% ../../nbs/data/02_items.ipynb #e4f216d3
 def show_rows(
@@ -178,7 +330,7 @@ def show_rows(
             if item := next((i for i in items if i.label == label), None):
                 ax.imshow(item.image)
     for ax, name in zip(axes[0], names, strict=False):
-        ax.set_title(name[:16], fontsize=8)
+        ax.set_title(name[:16], fontsize=8, parse_math=False)  # a class may be called $x$
     fig.tight_layout()
     plt.close(fig)  # the caller shows it, once
     return fig

@@ -6,8 +6,10 @@
 __all__ = ['SketchSplit', 'load_sbir', 'show_split']
 
 # %% ../../nbs/data/04_sbir.ipynb #e7a320c7
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,18 @@ from vermouth.data.items import (
     check_counts,
     check_files,
     check_root,
+    class_folders,
+    composed,
+    entry_path,
     few_shots,
+    folder_items,
+    inner_root,
     limited,
     plain_name,
     read_lines,
     show_rows,
     toy_items,
 )
-from ..images import SUFFIXES
 
 # %% ../../nbs/data/04_sbir.ipynb #5be74195
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ def _split(
     train_sketches, train_photos, test_sketches, test_photos = lists
     return SketchSplit(dataset, train_sketches, train_photos, test_sketches, test_photos, seen, unseen)
 
+# %% ../../nbs/data/04_sbir.ipynb #57dbbf77
+def _parts(split: SketchSplit) -> Sequence[list[Item]]:  # seen sketches, seen photos, unseen sketches, unseen photos
+    return split.train_sketches, split.train_photos, split.test_sketches, split.test_photos
+
 # %% ../../nbs/data/04_sbir.ipynb #93dfb208
 @dataclass(frozen=True)
 class _Layout:
@@ -67,7 +77,8 @@ class _Layout:
     lists: str           # folder of the lists
     sketches: list[str]  # file names with {} for train or zero
     photos: list[str]
-    images: str  # who gives out the images
+    images: str          # who gives out the images
+    tests: list[str] = field(default_factory=lambda: ["zero"])  # what the part to test on may be called
 
 # %% ../../nbs/data/04_sbir.ipynb #c58c5051
 LAYOUTS = {name: _Layout(**fields) for name, fields in packaged("layouts/sbir.json").items()}
@@ -78,10 +89,12 @@ def _read_pairs(path: Path) -> list[tuple[str, int]]:
     "Entries of a list file and their labels. Raises VermouthError for a line that does not end in a label."
     pairs = []
     for number, line in read_lines(path).items():
-        entry, _, label = line.rpartition(" ")
-        if not entry or not label.isdecimal():
+        found = re.fullmatch(r"(.*\S)[\s,;]+([0-9]+)", line)
+        if not found and line.startswith("#"):
+            continue  # a comment
+        if not found:
             raise VermouthError(f"{path}, line {number}: {line[:80]!r} is not 'path label'. Restore the official file.")
-        pairs.append((entry.strip(), int(label)))
+        pairs.append((entry_path(found[1]), int(found[2])))
     return pairs
 
 # %% ../../nbs/data/04_sbir.ipynb #beb9c090
@@ -116,14 +129,31 @@ def _listed_items(path: Path, root: Path, names: tuple[str, ...]) -> list[Item]:
     return [Item(root / entry, label, names[label], entry) for entry, label in pairs]
 
 # %% ../../nbs/data/04_sbir.ipynb #eeff91e0
+def _check_unseen(path: Path, items: Sequence[Item], seen: Sequence[str]) -> None:
+    "Raises VermouthError for a test list whose paths go through folders of seen classes only."
+    wrong = ""
+    for item in items:
+        folder = plain_name(Path(item.key).parent.name)
+        if folder == item.name:
+            return
+        wrong = wrong or (folder if folder in seen else "")
+    if wrong:
+        raise VermouthError(
+            f"{path}: it lists images of {wrong!r}, a class to train on, so it validates and does not test. "
+            "Get the lists of the unseen classes, whose names end in _zero.txt."
+        )
+
+# %% ../../nbs/data/04_sbir.ipynb #26a3cd2e
 def _official(dataset: str, root: Path) -> SketchSplit:
     "All that the lists name, whether the files are there or not."
     layout, lists = LAYOUTS[dataset], []
     seen, unseen = (_class_names(_list_file(dataset, root, [f"cname_cid{part}.txt"])) for part in ("", "_zero"))
-    for part, names in (("train", seen), ("zero", unseen)):
+    for parts, names in ((["train"], seen), (layout.tests, unseen)):
         for patterns in (layout.sketches, layout.photos):
-            path = _list_file(dataset, root, [pattern.format(part) for pattern in patterns])
+            path = _list_file(dataset, root, [pattern.format(part) for part in parts for pattern in patterns])
             lists.append(_listed_items(path, root, names))
+            if names is unseen:
+                _check_unseen(path, lists[-1], seen)
     return _split(dataset, lists, seen, unseen)
 
 # %% ../../nbs/data/04_sbir.ipynb #905d779e
@@ -134,46 +164,38 @@ def _split_names(names: Sequence[str], unseen: Sequence[str] | None, seed: int) 
     if unseen is None:
         order = np.random.default_rng(seed).permutation(n)
         unseen = [names[i] for i in order[-max(1, n // 3) :]]
-    chosen = {choose("unseen", name, names) for name in unseen}
+    chosen = {choose("unseen", composed(name), names) for name in unseen}
     if not 0 < len(chosen) < n:
         raise VermouthError(f"unseen: {len(chosen)} of {n} classes. Leave at least one seen and one unseen.")
     return [name for name in names if name not in chosen], [name for name in names if name in chosen]
 
 # %% ../../nbs/data/04_sbir.ipynb #dd32c40f
-def _class_folders(root: Path) -> list[str]:
-    "Names of the class folders. Raises VermouthError if sketch/ and photo/ do not hold the same ones."
-    names = {}
+def _has_kind(root: Path) -> bool:
+    return (root / "sketch").is_dir() or (root / "photo").is_dir()
+
+# %% ../../nbs/data/04_sbir.ipynb #33d804c7
+def _class_folders(root: Path) -> dict[str, dict[str, list[Path]]]:  # kind → class → its folders
+    "The class folders by name. Raises VermouthError if sketch/ and photo/ do not hold the same ones."
+    found = {}
     for kind in ("sketch", "photo"):
         if not (root / kind).is_dir():
             raise VermouthError(
                 f"root={str(root)!r}: no folder {kind}/. Put images into sketch/<class>/ and photo/<class>/."
             )
-        names[kind] = {path.name for path in (root / kind).iterdir() if path.is_dir()}
+        found[kind] = class_folders(root / kind)
     for kind, other in (("sketch", "photo"), ("photo", "sketch")):
-        if lone := sorted(names[kind] - names[other]):
+        if lone := [name for name in found[kind] if name not in found[other]]:
             raise VermouthError(
                 f"root={str(root)!r}: class {lone[0]!r} is in {kind}/ but not in {other}/. Give both the same classes."
             )
-    return sorted(names["sketch"])
-
-# %% ../../nbs/data/04_sbir.ipynb #c85f7c75
-def _folder_items(root: Path, kind: str, names: Sequence[str]) -> list[Item]:
-    "Items of the class folders below root/kind. Raises VermouthError if one holds no images."
-    items = []
-    for label, name in enumerate(names):
-        paths = sorted(path for path in (root / kind / name).iterdir() if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise VermouthError(
-                f"root={str(root)!r}: no images in {kind}/{name}. Add some ({', '.join(SUFFIXES)}) or remove the class."
-            )
-        items += [Item(path, label, plain_name(name), path.relative_to(root).as_posix()) for path in paths]
-    return items
+    return found
 
 # %% ../../nbs/data/04_sbir.ipynb #908f82f5
 def _folders(root: Path, unseen: Sequence[str] | None, seed: int) -> SketchSplit:
     "Images by folder, their names sorted."
-    parts = _split_names(_class_folders(root), unseen, seed)
-    lists = [_folder_items(root, kind, names) for names in parts for kind in ("sketch", "photo")]
+    found = _class_folders(root)
+    parts = _split_names(list(found["photo"]), unseen, seed)
+    lists = [folder_items(root, found[kind], names) for names in parts for kind in ("sketch", "photo")]
     seen_names, unseen_names = (tuple(map(plain_name, names)) for names in parts)
     return _split("folder", lists, seen_names, unseen_names)
 
@@ -206,9 +228,10 @@ def load_sbir(
     if dataset == "toybox":
         split = _toybox(shots, test_per_class, seed)
     elif dataset == "folder":
-        split = _folders(check_root(root, dataset), unseen, seed)
+        split = _folders(inner_root(check_root(root, dataset), _has_kind), unseen, seed)
     else:
-        split = _official(dataset, check_root(root, dataset))
+        lists = LAYOUTS[dataset].lists
+        split = _official(dataset, inner_root(check_root(root, dataset), lambda path: (path / lists).is_dir()))
     split = replace(
         split,
         train_sketches=few_shots(split.train_sketches, split.seen, shots, seed, "sketches"),
@@ -216,9 +239,8 @@ def load_sbir(
         test_sketches=limited(split.test_sketches, limit),
         test_photos=limited(split.test_photos, limit),
     )
-    items = [*split.train_sketches, *split.train_photos, *split.test_sketches, *split.test_photos]
-    check_files(items, root, dataset)
-    return split
+    found = iter(check_files([item for part in _parts(split) for item in part], root, dataset))
+    return _split(dataset, [list(islice(found, len(part))) for part in _parts(split)], split.seen, split.unseen)
 
 # %% ../../nbs/data/04_sbir.ipynb #7766ad73
 def show_split(

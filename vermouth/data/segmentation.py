@@ -6,6 +6,7 @@
 __all__ = ['class_names', 'MaskSplit', 'load_segmentation', 'show_masks']
 
 # %% ../../nbs/data/06_segmentation.ipynb #688945c8
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,20 @@ import numpy as np
 
 from ..core import VermouthError, choose
 from .categories import NAMES, UNSEEN, packaged
-from .items import check_counts, check_files, check_root, read_lines
-from .masks import Coding, MaskItem, pair, readable_items
+from vermouth.data.items import (
+    check_counts,
+    check_files,
+    check_root,
+    composed,
+    entries,
+    entry_path,
+    images_below,
+    inner_root,
+    read_lines,
+)
+from .masks import MASK_SUFFIXES, Coding, MaskItem, matching_masks, pair, readable_items
 from .toybox import LABELS, Toybox
-from ..images import SUFFIXES
+from ..images import SUFFIXES, is_junk, open_image
 
 # %% ../../nbs/data/06_segmentation.ipynb #1b7cebb4
 @dataclass(frozen=True)
@@ -68,19 +79,23 @@ COCO_NUMBERS = next(f.coding.numbers for f in LAYOUTS["coco_stuff171"].forms if 
 
 # %% ../../nbs/data/06_segmentation.ipynb #8b166229
 def class_names(
-    dataset: str,      # "toybox", or one of the seven official names
-) -> tuple[str, ...]:  # in the order of the labels; commas separate synonyms
+    dataset: str,            # "toybox", or one of the seven official names
+    original: bool = False,  # as the data set's own list spells them
+) -> tuple[str, ...]:        # in the order of the labels; commas separate synonyms
     "The class names of a data set."
     choose("dataset", dataset, (*LAYOUTS, "toybox"))
     if dataset == "toybox":
         return LABELS
     if dataset == "voc21":
         return ("background", *class_names("voc20"))
-    return tuple(" ".join(name.split()) for name in packaged(f"classnames/{dataset}.json"))
+    pairs = [[name, name] if isinstance(name, str) else name for name in packaged(f"classnames/{dataset}.json")]
+    return tuple(" ".join(pair[original].split()) for pair in pairs)
 
 # %% ../../nbs/data/06_segmentation.ipynb #32ba57f5
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(tuple(suffixes))) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(tuple(suffixes)) and not is_junk(p.name))
 
 # %% ../../nbs/data/06_segmentation.ipynb #b8f09416
 @dataclass(frozen=True)
@@ -107,8 +122,7 @@ class _Part:
     @property
     def present(self) -> bool:
         "True if there are images and a mask of this form."
-        folders = self.masks.is_dir() and self.images.is_dir()
-        return folders and any(path.name.endswith(self.form.suffix) for path in self.masks.iterdir())
+        return self.images.is_dir() and any(path.name.endswith(self.form.suffix) for path in _files(self.masks, [""]))
 
 # %% ../../nbs/data/06_segmentation.ipynb #3b6c3b41
 def _stems(part: _Part, root: Path, source: str) -> list[str]:
@@ -119,7 +133,8 @@ def _stems(part: _Part, root: Path, source: str) -> list[str]:
     if not form.lists:
         return [path.stem for path in _files(part.images, SUFFIXES)]
     if part.list_file:
-        return [line.split()[0] for line in read_lines(part.list_file).values()]
+        named = (entry_path(line.split()[0]) for line in read_lines(part.list_file).values())
+        return [entry.rpartition(".")[0] if entry.lower().endswith(SUFFIXES) else entry for entry in named]
     listed = (part.home / form.lists[-1].format(part.name)).relative_to(root)
     wrong = f"{listed} is missing, which says what belongs to {part.name}"
     raise VermouthError(f"root={str(root)!r}: {wrong}. Get it from {source}.")
@@ -138,6 +153,12 @@ def _part_items(part: _Part, root: Path, source: str) -> list[MaskItem]:
     return items
 
 # %% ../../nbs/data/06_segmentation.ipynb #e264b66b
+def has_home(root: Path, layout: _Layout) -> bool:
+    "True if root holds the images of one of the layout's forms."
+    parts = [_Part(root / home, form, name) for home in layout.homes for form in layout.forms for name in form.parts]
+    return any(part.present for part in parts)
+
+# %% ../../nbs/data/06_segmentation.ipynb #8d7046c6
 # to train on (may be empty), to test on
 def _official(dataset: str, root: Path) -> tuple[list[MaskItem], list[MaskItem]]:
     "The first form of each part that is below root. Raises VermouthError if there is nothing to test on."
@@ -147,8 +168,7 @@ def _official(dataset: str, root: Path) -> tuple[list[MaskItem], list[MaskItem]]
         part = next((part for part in parts if part.present), None)
         if part and role == "train" and part.form.lists and not part.list_file:
             part = None  # only the test part was fetched
-        items.append(_part_items(part, root, layout.source) if part else [])
-        check_files(items[-1], root, dataset)
+        items.append(check_files(_part_items(part, root, layout.source) if part else [], root, dataset))
     if not items[1]:
         form = layout.forms[0]
         raise VermouthError(
@@ -159,40 +179,95 @@ def _official(dataset: str, root: Path) -> tuple[list[MaskItem], list[MaskItem]]
     return items[0], items[1]
 
 # %% ../../nbs/data/06_segmentation.ipynb #19075356
-def _read_names(path: Path) -> tuple[tuple[str, ...], Coding]:
-    "Classes of a folder and their numbers. Raises VermouthError for an empty line or a name that stands there twice."
-    if not path.is_file():
-        raise VermouthError(
-            f"root={str(path.parent)!r}: no {path.name}. Write one class name a line; "
-            "the first is number 0 of the masks."
-        )
+_FORMS = (
+    re.compile(r"(\d{1,3})[ ,;\t]+(\d{1,3})[ ,;\t]+(\d{1,3})\s*[:=,;\t ]\s*(\S.*)"),  # 128 0 0: building
+    re.compile(r"(\d{1,5})\s*[:=,;\t]\s*(\S.*)"),                                     # 255: building
+    re.compile(r"(\d{1,5}) +(\S.*)"),                                                  # 1 building
+    re.compile(r"(?=.*?(\d{1,5})$)(.*[^\s:=,;\d])[\s:=,;]+\d+"),                       # building 1
+)
+
+# %% ../../nbs/data/06_segmentation.ipynb #8adee853
+def _spelled_out(path: Path, lines: Sequence[str]) -> dict[tuple[int, ...], str]:  # as `_numbered`
+    "The classes of a list that says numbers or colours itself, else nothing. Raises VermouthError for wrong numbers."
+    for form in _FORMS:
+        pairs = [(tuple(map(int, m.groups()[:-1])), m.groups()[-1]) for m in map(form.fullmatch, lines) if m]
+        keys = [key for key, _ in pairs]
+        in_order = [key[0] for key in keys] in ([*range(len(lines))], [*range(1, len(lines) + 1)])
+        clear = form in _FORMS[:2] or in_order and len({name for _, name in pairs}) == len(lines)  # no "2 euro coin"
+        if not lines or len(pairs) < len(lines) or not clear:
+            continue
+        if wrong := next((key for key in keys if keys.count(key) > 1), None):
+            raise VermouthError(f"{path}: two lines begin with {wrong[0] if len(wrong) == 1 else wrong}. Leave one.")
+        if wrong := next((key for key in keys if max(key) > (65535 if len(key) == 1 else 255)), None):
+            raise VermouthError(f"{path}: {max(wrong)} is too large. Numbers end at 65535, colours at 255.")
+        return dict(pairs)
+    return {}
+
+# %% ../../nbs/data/06_segmentation.ipynb #fbe9451b
+def _numbered(path: Path) -> dict[tuple[int, ...], str]:  # (number,) or (red, green, blue) → name
+    "The lines of a class list. Raises VermouthError for an empty line before the last."
     lines = read_lines(path)
+    named = [line for line in lines.values() if not line.startswith("#")]
+    if spelled := _spelled_out(path, named):
+        return spelled
     if empty := set(range(1, max(lines))) - set(lines):
         raise VermouthError(
             f"{path}: line {min(empty)} is empty. Give every number a name, '(ignore)' for one of no class."
         )
-    classes = {number - 1: " ".join(line.split()) for number, line in lines.items() if not line.endswith("(ignore)")}
+    return {(number,): name for number, name in enumerate(named)}
+
+# %% ../../nbs/data/06_segmentation.ipynb #a860c49c
+def _read_names(path: Path) -> tuple[tuple[str, ...], Coding]:
+    "Classes of a folder and their numbers. Raises VermouthError for an empty line or a name that stands there twice."
+    if not path.is_file():
+        other = next((file.name for file in _files(path.parent, [".txt"])), "")
+        hint = f" If {other} lists them, rename it." if other else ""
+        raise VermouthError(
+            f"root={str(path.parent)!r}: no {path.name}. Write one class name a line; "
+            f"the first is number 0 of the masks.{hint}"
+        )
+    lines, ignored, classes = _numbered(path), [], {}
+    colours = any(len(key) == 3 for key in lines)
+    for key, line in lines.items():
+        code = key[0] if len(key) == 1 else key[0] << 16 | key[1] << 8 | key[2]
+        if line.lower().endswith("(ignore)"):
+            ignored.append(code)
+        else:
+            classes[code] = " ".join(composed(line).split())
     names = tuple(classes.values())
+    if "" in names:
+        raise VermouthError(f"{path}: a line without a name. Give every number a name, '(ignore)' for one of no class.")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise VermouthError(f"{path}: {twice!r} stands there twice. Make the class names different.")
     if not names:
         raise VermouthError(f"{path}: no class. Write one class name a line.")
-    return names, Coding(tuple(classes), (*range(len(lines)), 255, 65535))
+    return names, Coding(tuple(classes), (*ignored, *(() if colours else (255, 65535))), colours)
 
 # %% ../../nbs/data/06_segmentation.ipynb #87274dd6
+def _folder_part(root: Path, name: str, coding: Coding) -> list[MaskItem]:
+    "The images of root/name/images/ and its sub-folders with their masks, whether those are there or not."
+    images, masks, items = root / name / "images", root / name / "masks", []
+    if images.is_dir() and not masks.is_dir():
+        others = ", ".join(repr(path.name) for path in entries(images.parent) if path.is_dir() and path != images)
+        where = images.relative_to(root).as_posix()
+        remedy = "Call the folder of the masks so"
+        raise VermouthError(f"root={str(root)!r}: no masks/ beside {where}/, but {others or 'nothing'}. {remedy}.")
+    for folder in dict.fromkeys(path.parent for path in images_below(images)[0]) if images.is_dir() else []:
+        beside = masks / folder.relative_to(images)
+        paths = _files(folder, SUFFIXES)
+        for path, mask in zip(paths, matching_masks(paths, _files(beside, MASK_SUFFIXES)), strict=True):
+            key = path.relative_to(root).as_posix()
+            items.append(MaskItem(path, mask or beside / f"{path.stem}.png", coding, key))
+    return items
+
+# %% ../../nbs/data/06_segmentation.ipynb #baff1c75
 def _folder(root: Path) -> tuple[list[MaskItem], list[MaskItem], tuple[str, ...]]:  # to train on, to test on, names
     "root/{train,test or val}/{images,masks}; or root/{images,masks}, all to test on."
     names, coding = _read_names(root / "classnames.txt")
-
-    def part(name):
-        masks = {path.stem: path for path in _files(root / name / "masks", (".png", ".tif", ".tiff", ".bmp"))}
-        items = []
-        for path in _files(root / name / "images", SUFFIXES):
-            mask = masks.get(path.stem, root / name / "masks" / f"{path.stem}.png")
-            items.append(MaskItem(path, mask, coding, path.relative_to(root).as_posix()))
-        return items
-
-    train, test = part("train"), part("test") or part("val") or part("")
+    train, test = (
+        next((items for name in parts if (items := _folder_part(root, name, coding))), [])
+        for parts in (["train"], ["test", "val", ""])
+    )
     if not test:
         raise VermouthError(
             f"root={str(root)!r}: no images in test/images/, val/images/ or images/. "
@@ -231,7 +306,9 @@ class MaskSplit:
 def _unseen(dataset: str, names: Sequence[str], unseen: Sequence[str] | None, seed: int) -> tuple[int, ...]:
     "Labels of the unseen classes: those asked for, the data set's own, or of a folder a seeded quarter."
     if unseen is not None:
-        return tuple(sorted(list(names).index(choose("unseen", name, names)) for name in unseen))
+        spelled = dict(zip(class_names(dataset, True), names, strict=True)) if dataset in LAYOUTS else {}
+        chosen = [spelled.get(name, composed(name)) for name in unseen]
+        return tuple(sorted(list(names).index(choose("unseen", name, names)) for name in chosen))
     if dataset == "folder":
         order = np.random.default_rng(seed).permutation(len(names))
         return tuple(sorted(order[: len(names) // 4 or 1].tolist())) if len(names) > 2 else ()
@@ -268,6 +345,39 @@ def _scenes(n: int, seed: int) -> list[MaskItem]:
     toybox, coding = Toybox("scene", n=n, seed=seed), Coding(tuple(range(len(LABELS))), (255,))
     return [MaskItem((toybox, i), None, coding, f"toybox/scene/all/{seed}/{i}") for i in range(n)]
 
+# %% ../../nbs/data/06_segmentation.ipynb #f143792f
+def _check_told_apart(names: Sequence[str], coding: Coding, found: set[int]) -> None:
+    "Raises VermouthError for masks of 255 and one class, if no line of the class list is ignored on purpose."
+    classes = sorted(found - {coding.ignore_index})
+    if len(classes) > 1 or coding.ignore_index not in found or {*coding.ignored} - {*coding.numbers} - {255, 65535}:
+        return
+    number = coding.numbers[classes[0]] if classes else 0
+    held = f"{number} ({names[classes[0]]!r})" if classes else "nothing else"
+    first, last = names if len(names) == 2 else ("background", names[-1])
+    lines = f"'{number}: {first}', '255: {last}'"
+    raise VermouthError(
+        f"masks: they hold 255 and {held}, and 255 marks pixels that do not count, so no two classes are told apart. "
+        f"If 255 is a class, write each class with its number into classnames.txt, as {lines}."
+    )
+
+# %% ../../nbs/data/06_segmentation.ipynb #311121e7
+def check_palettes(items: Sequence[MaskItem], count: int = 50) -> None:  # so many masks are looked at
+    "Raises VermouthError for masks whose palettes give one number different colours."
+    colours: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for item in items[:count]:
+        if not item.mask_file or item.mask_file.suffix == ".npy" or item.coding.colours:
+            continue
+        with open_image(item.mask_file) as im:
+            palette = im.getpalette() or [] if im.mode == "P" else []
+        for number in range(len(palette) // 3):
+            colour = tuple(palette[3 * number : 3 * number + 3])
+            first, before = colours.setdefault(number, (item.mask_file.name, colour))
+            if colour != before:
+                raise VermouthError(
+                    f"masks: number {number} is colour {before} in {first!r} and {colour} in {item.mask_file.name!r}, "
+                    "so numbers mean nothing. Write the colours into classnames.txt, as '128 0 0: name'."
+                )
+
 # %% ../../nbs/data/06_segmentation.ipynb #34b7c1ed
 def load_segmentation(
     dataset: str = "toybox",         # toybox, folder, or one of the seven official names
@@ -289,11 +399,20 @@ def load_segmentation(
         test = _scenes(test_scenes, TEST_SEED)
     else:
         root = check_root(root, dataset)
-        train, test, names = _folder(root) if dataset == "folder" else (*_official(dataset, root), class_names(dataset))
+        if dataset == "folder":
+            train, test, names = _folder(inner_root(root, lambda path: (path / "classnames.txt").is_file()))
+        else:
+            train, test = _official(dataset, inner_root(root, lambda path: has_home(path, LAYOUTS[dataset])))
+            names = class_names(dataset)
         unseen_labels = _unseen(dataset, names, unseen, seed)
     if limit is not None and limit < len(test):
         test = [test[i] for i in sorted(np.random.default_rng(0).permutation(len(test))[:limit].tolist())]
-    train, test = (readable_items(items) if check else items for items in (train, test))
+    if check:
+        found: set[int] = set()
+        train, test = readable_items(train, found), readable_items(test, found)
+        if dataset == "folder":
+            _check_told_apart(names, test[0].coding, found)
+            check_palettes([*train, *test])
     split = MaskSplit(dataset, names, train, test, unseen_labels)
     return split if dataset == "toybox" else replace(split, train=_few_masks(train, split.seen, shots, seed))
 
