@@ -11,7 +11,7 @@ from PIL import Image
 from vermouth.experiments.report import summary
 from vermouth.experiments.tables import ROW
 
-PAGES = sorted(p.stem for p in (ROOT / "nbs").glob("1[3-8]_*.ipynb"))
+PAGES = sorted(p.stem for kind in ("1[3-8]", "21") for p in (ROOT / "nbs").glob(f"{kind}_*.ipynb"))
 RESULTS = ROOT / "nbs" / "results"
 
 
@@ -29,8 +29,8 @@ def shown(page, code):
     return next(o.data["text/html"] for o in cell.outputs if "text/html" in o.get("data", {}))
 
 
-def test_there_are_six():
-    assert [p[:2] for p in PAGES] == ["13", "14", "15", "16", "17", "18"]
+def test_there_are_seven():
+    assert [p[:2] for p in PAGES] == ["13", "14", "15", "16", "17", "18", "21"]
 
 
 @pytest.mark.parametrize("page", PAGES)

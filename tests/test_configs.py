@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT
 
 from vermouth.backbone import FeatureSettings
+from vermouth.core import PROTOCOLS
 from vermouth.data.fewshot import LAYOUTS as FEW_SHOT
 from vermouth.data.sbir import LAYOUTS as RETRIEVAL
 from vermouth.experiments.costs import CLASSES_AND_TEST, PAGES, SKETCHES_AND_PHOTOS, TRAINING, VALIDATION, write_headers
@@ -27,14 +28,29 @@ def page(name):
 def test_every_data_set_of_the_paper_has_a_configuration():
     assert set(SKETCHES_AND_PHOTOS) == set(RETRIEVAL) and set(CLASSES_AND_TEST) == set(FEW_SHOT)
     known = {"sbir": RETRIEVAL, "fewshot": FEW_SHOT, "segmentation": TRAINING}
-    assert set(CONFIGS) == {f"{task}_{dataset}" for task, datasets in known.items() for dataset in datasets}
+    names = {f"{task}_{dataset}" for task, datasets in known.items() for dataset in datasets}
+    # what the release leaves open has a configuration each
+    other = {f"sbir_{dataset}_clean" for dataset in RETRIEVAL} | {f"segmentation_{d}_segmentor" for d in TRAINING}
+    assert set(CONFIGS) == names | other
+
+
+def test_configurations_say_which_protocol_and_which_noise():
+    assert all(settings(name)["protocol"] == "paper" for name in CONFIGS)
+    for name in CONFIGS:
+        if name.startswith("sbir_"):
+            assert settings(name)["noise"] == ("none" if name.endswith("_clean") else "ddpm")
+            twin = name.removesuffix("_clean")
+            assert {**settings(name), "noise": ""} == {**settings(twin), "noise": ""}
+    first, second = settings("segmentation_coco_stuff171"), settings("segmentation_coco_stuff171_segmentor")
+    assert (first["timesteps"], first["expert"]) == ([10], "resnet18")
+    assert (second["timesteps"], second["expert"], second["scale"] / second["temperature"]) == ([50], "", 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_names_its_data_sets(name):
     dataset = settings(name)["dataset"]
     training, *others = [dataset] if isinstance(dataset, str) else dataset
-    assert training == name.partition("_")[2]
+    assert training == name.partition("_")[2].removesuffix("_clean").removesuffix("_segmentor")
     assert set(others) == (set(VALIDATION) if name.startswith("segmentation") else set())
 
 
@@ -51,8 +67,8 @@ def test_a_configuration_fits_its_page(name):
 def test_a_configuration_can_be_read(name):
     config = settings(name)
     # raises what load_backbone would only say after the download
-    FeatureSettings(config["timesteps"], config["stages"], config["attention"])
-    assert config.get("uhead", "tiny") in ARCHS and config["device"] == "cuda"
+    FeatureSettings(config["timesteps"], config["stages"], config["attention"], config.get("noise", "ddpm"))
+    assert config.get("uhead", "tiny") in ARCHS and config["device"] == "cuda" and config["protocol"] in PROTOCOLS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

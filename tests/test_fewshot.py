@@ -4,13 +4,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-import papermill
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from page_runs import page_text, run_page
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score
 
@@ -106,23 +104,17 @@ METHODS = {
     "training-free nearest class mean",
     "expert only, linear probe",
     "CLIP linear probe",
+    "expert, trained bottleneck",
+    "CLIP, trained bottleneck",
     "CLIP zero-shot",
     "caption only, linear probe",
     "caption only",
 }
 
 
-def run_page(folder, **parameters):
-    "Execute the results page in a folder and return what it printed and showed."
-    page, out = ROOT / "nbs" / "11_fewshot.ipynb", folder / "out.ipynb"
-    papermill.execute_notebook(str(page), str(out), parameters=parameters, cwd=str(folder), progress_bar=False)
-    outputs = [o for cell in nbformat.read(out, 4).cells for o in cell.get("outputs", [])]
-    return "\n".join(o.get("text", "") + o.get("data", {}).get("text/html", "") for o in outputs)
-
-
 def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
-    shown = run_page(tmp_path)
+    shown = page_text(run_page("11_fewshot.ipynb", tmp_path))
     assert all(f"<th>{method}</th>" in shown for method in METHODS)
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"], "nothing is left where committed results lie"
 
@@ -130,7 +122,8 @@ def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, m
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_the_page_reads_caltech101(tmp_path):
     root = str(Path(DATA) / "fewshot")
-    shown = run_page(tmp_path, dataset="caltech101", root=root, shots=1, seed=1, epochs=1, limit=100)
+    few = {"shots": 1, "seed": 1, "epochs": 1, "limit": 100}
+    shown = page_text(run_page("11_fewshot.ipynb", tmp_path, dataset="caltech101", root=root, **few))
     rows = pd.read_csv(tmp_path / "results" / "11_fewshot.csv")
     left_out = {name for name in fewshot.TIMM if f"{name}, linear probe: left out" in shown}
     probed = {method.removesuffix(", linear probe") for method in rows.method} & set(fewshot.TIMM)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Embed', 'embed_items', 'mid_embedder', 'expert_embedder', 'prompts_for', 'read_items', 'store_items',
-           'baseline_embedders', 'nearest_class_mean', 'linear_probe']
+           'baseline_embedders', 'nearest_class_mean', 'linear_probe', 'Bottleneck']
 
 # %% ../nbs/library/14_baselines.ipynb #0e799fcb
 import hashlib
@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureSettings
 from .core import VermouthError, choose
@@ -60,11 +60,11 @@ def mid_embedder(
 
 # %% ../nbs/library/14_baselines.ipynb #3f83e4eb
 def expert_embedder(
-    expert: Callable[[Tensor], list[Tensor]],  # (B,3,H,W) → maps (B,C,h,w), lowest resolution first
+    expert: Callable[..., list[Tensor]],       # (B,3,H,W), their range → maps (B,C,h,w), lowest resolution first
     size: int | None = None,                   # side that images are resized to, in pixels
 ) -> Embed:
     "Embed by a frozen expert's lowest map, averaged over positions."
-    return lambda images, prompts: expert(image_batch(images, size))[0].float().mean((2, 3))
+    return lambda images, prompts: expert(image_batch(images, size), (-1, 1))[0].float().mean((2, 3))
 
 # %% ../nbs/library/14_baselines.ipynb #9257c9fa
 def image_embedder(clip: Clip) -> Embed:
@@ -236,3 +236,36 @@ def linear_probe(
         # the weakest penalties may stop early, and are then not chosen
         warnings.simplefilter("ignore", ConvergenceWarning)
         return torch.from_numpy(_probe(_choose_strength(x, y, seed)).fit(x, y).predict_proba(q))
+
+# %% ../nbs/library/14_baselines.ipynb #5f9cc586
+class Bottleneck(nn.Module):
+    "The trained baseline's head: one vector per image into the space of the class names."
+
+    def __init__(
+        self,
+        channels: int,   # C, of the frozen vector
+        embed_dim: int,  # D, of the class embeddings
+    ):
+        super().__init__()
+        narrow = max(1, channels // 4)
+        self.down, self.up = nn.Linear(channels, narrow, bias=False), nn.Linear(narrow, embed_dim, bias=False)
+
+    def forward(
+        self,
+        features: Sequence[Tensor],  # one (B,C), or one map (B,C,h,w), which is averaged over positions
+    ) -> Tensor:                     # (B,embed_dim), not normalised
+        "Return one vector per image. Raises VermouthError for another number of channels, or of maps."
+        if len(features) != 1 or features[0].shape[1] != self.down.in_features:
+            shapes = [tuple(x.shape) for x in features]
+            raise VermouthError(f"features: shapes {shapes}. Pass one vector of {self.down.in_features} per image.")
+        x = features[0].float()
+        return self.up(F.relu(self.down(x.flatten(2).mean(2) if x.ndim > 2 else x)))
+
+# %% ../nbs/library/14_baselines.ipynb #c10845ef
+def bottleneck_embedder(
+    head: Bottleneck,  # trained
+    embed: Embed,      # what it was trained on
+) -> Embed:
+    "Embed by a frozen network and a trained bottleneck."
+    device = head.up.weight.device
+    return lambda images, prompts: head([embed(images, prompts).float().to(device)])

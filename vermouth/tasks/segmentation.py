@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..baselines import kept_rows, maps_for, prompts_for, read_items
-from ..core import VermouthError, seed_everything
+from ..core import PROTOCOLS, VermouthError, choose, lock_of, seed_everything
 from ..data.extraction import in_chunks
 from ..data.masks import MaskItem, pair
 from ..data.segmentation import MaskSplit
@@ -28,8 +28,9 @@ from ..images import image_batch, image_tensor
 from ..metrics import class_iou, confusion
 from ..model import Vermouth
 from ..seghead import DenseHead, label_map, pixel_loss
-from ..text import Clip, class_words, label_embeddings, text_embeddings
+from ..text import Clip, class_words, label_embeddings, segmentation_text, text_embeddings
 from ..train import Features, LevelSubset, train_head
+from ..uhead import LOGITS
 from ..visualize import palette, tint
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #00701ed8
@@ -80,22 +81,35 @@ class AdaptedHead(nn.Module):
         return self.head(maps)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #200a5793
-# of `train_head`
-RECIPE: dict[str, Any] = {"schedule": "one-cycle", "epochs": 6, "batch_size": 8, "lr": 4e-3, "held": 0.1}
+RECIPES: dict[str, dict[str, Any]] = {  # of `train_head`
+    "ours": {"schedule": "one-cycle", "epochs": 6, "batch_size": 8, "lr": 4e-3, "held": 0.1},
+    "paper": {"batch_size": 16, "lr": 1e-4, "held": 0},
+}
+STEPS = 80_000  # of the paper's protocol
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #87f371e0
+def segmentation_recipe(
+    protocol: str,    # one of `core.PROTOCOLS`
+    images: int,      # to train on
+) -> dict[str, Any]:  # arguments of `train_head`
+    "Return how a protocol trains a segmentation head. Raises VermouthError for an unknown one."
+    recipe = RECIPES[choose("protocol", protocol, PROTOCOLS)] | LOGITS[protocol]["segmentation"]
+    return {"epochs": max(1, round(STEPS * recipe["batch_size"] / images))} | recipe
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #06c2d585
 def _train_on_masks(
     head: nn.Module,
-    maps: Features,  # what `head` takes
-    masks: Tensor,   # from `training_masks`
+    maps: Features,   # what `head` takes
+    masks: Tensor,    # from `training_masks`
     split: MaskSplit,
-    clip: Clip,
-    device: torch.device,
-    **options: Any,  # of `train_head`
-) -> pd.DataFrame:   # one row per epoch
-    classes = label_embeddings([split.names[k] for k in split.seen], clip).to(device)
+    model: Vermouth,  # whose CLIP, device and head's protocol are used
+    **options: Any,   # of `train_head`
+) -> pd.DataFrame:    # one row per epoch
+    protocol = model.segmentation_head.protocol
+    names = [split.names[k] for k in split.seen]
+    classes = label_embeddings(names, model.clip, **segmentation_text(protocol)).to(model.backbone.device)
     loss = partial(pixel_loss, ignore_index=split.ignore_index)
-    return train_head(head, maps, masks, classes, loss=loss, **RECIPE | options)
+    return train_head(head, maps, masks, classes, loss=loss, **segmentation_recipe(protocol, len(maps)) | options)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #d7fe4304
 def train_segmentation(
@@ -118,8 +132,7 @@ def train_segmentation(
         prompts = prompts_for(model, items) if prompts is None else prompts
         features = read_items(model, items, prompts, "" if quiet else "reading")
     masks = training_masks([items[i] for i in kept_rows(features, items)], split.seen, split.ignore_index, model.size)
-    maps, device = maps_for(model, features), model.backbone.device
-    return _train_on_masks(head, maps, masks, split, model.clip, device, quiet=quiet, **options)
+    return _train_on_masks(head, maps_for(model, features), masks, split, model, quiet=quiet, **options)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #3bda9a92
 Labeller = Callable[[list, list[str], Sequence[Sequence[str]]], list[list[np.ndarray]]]
@@ -132,6 +145,7 @@ def _sizes(images: list) -> list[tuple[int, int]]:  # height and width
 def vector_labeller(
     vectors: Callable[[list, list[str]], Tensor],  # images and prompts → (B,D,h,w)
     clip: Clip,                                    # whose text space it is
+    **text: Any,                                   # of `label_embeddings`
 ) -> Labeller:
     "Compare a vector per position with the names, at the images' own size."
     known = {}  # embeddings of each list of names
@@ -142,7 +156,7 @@ def vector_labeller(
         maps = []
         for names in map(tuple, lists):
             if names not in known:
-                known[names] = label_embeddings(names, clip)
+                known[names] = label_embeddings(names, clip, **text)
             classes = known[names].to(pixels)
             labels = [label_map(p[None], [(0, 0)], size, size, size, classes) for p, size in zip(pixels, sizes)]
             maps.append([m.cpu().numpy() for m in labels])
@@ -152,10 +166,25 @@ def vector_labeller(
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #11bff200
 def model_labeller(
-    model: Vermouth,  # with a trained segmentation head
+    model: Vermouth,           # with a trained segmentation head
+    short: int | None = None,  # pixels of the shorter side, for windows; None takes images whole
+    overlap: float = 1 / 3,    # of windows: the paper's 512 pixels move by 341
 ) -> Labeller:
-    "Label whole images as `Vermouth.segment` does."
-    return vector_labeller(model.pixel_vectors, model.clip)
+    "Label images as `Vermouth.segment` does, with several lists of names in one pass."
+    text: dict[str, Any] = segmentation_text(model.segmentation_head.protocol)
+    known: dict[tuple, Tensor] = {}  # embeddings of each list of names
+
+    @torch.inference_mode()
+    def label(images, prompts, lists):
+        maps = [[] for _ in lists]
+        for vectors, *place, size in model.window_vectors([*map(image_tensor, images)], prompts, short, overlap):
+            for labels, names in zip(maps, map(tuple, lists)):
+                if names not in known:
+                    known[names] = label_embeddings(names, model.clip, **text).to(vectors)
+                labels.append(label_map(vectors, *place, size, known[names]).cpu().numpy())
+        return maps
+
+    return label
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #23ed1060
 def confusion_counts(
@@ -225,9 +254,10 @@ def naming_prompts(
         for word in part:
             text += " and " if spans else ""
             spans.append((len(text), len(text := text + word)))
-        ids = tokenizer(text, truncation=True, max_length=max_tokens)
+        with lock_of(tokenizer):
+            ids = tokenizer(text, truncation=True, max_length=max_tokens)
+            fits = len(tokenizer(text, verbose=False)["input_ids"]) <= max_tokens
         chars = [ids.token_to_chars(i) for i in range(len(ids["input_ids"]))]
-        fits = len(tokenizer(text, verbose=False)["input_ids"]) <= max_tokens
         return fits, text, [[i for i, c in enumerate(chars) if c and a <= c.start and c.end <= b] for a, b in spans]
 
     prompts, first = [], 0
@@ -248,7 +278,7 @@ def attention_labeller(
     def scores(images, names):
         per_class = []
         for prompt, classes in naming_prompts([words[0] for words in class_words(names)], bb.tokenizer, bb.tokens):
-            maps = bb.features(images, prompt, size=model.size, **settings)[2][:, -bb.tokens :].float()
+            maps = bb.features(images, prompt, size=model.size or "keep", **settings)[2][:, -bb.tokens :].float()
             none = maps.new_zeros(maps[:, 0].shape)
             per_class += [maps[:, tokens].mean(1) if tokens else none for tokens in classes]
         return torch.stack(per_class, 1)
@@ -326,10 +356,23 @@ def train_expert_head(
     masks = training_masks(items, split.seen, split.ignore_index, model.size)
     maps = LevelSubset(maps_for(model, features), slice(len(model.dims), None))
     seed_everything(seed)
-    head = DenseHead([channels for channels, *_ in maps.shapes], model.clip.dim, model.segmentation_head.width)
-    device = model.backbone.device
-    _train_on_masks(head, maps, masks, split, model.clip, device, seed=seed, quiet=quiet, **options)
+    like = model.segmentation_head
+    head = DenseHead([channels for channels, *_ in maps.shapes], model.clip.dim, like.width, like.protocol)
+    _train_on_masks(head, maps, masks, split, model, seed=seed, quiet=quiet, **options)
     return head
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #0becc00d
+ORACLE = "oracle: prompts from the mask"
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #7386729d
+def mask_prompts(
+    items: Sequence[MaskItem],
+    split: MaskSplit,  # whose names and ignore index they have
+) -> list[str]:        # one per item
+    "Return prompts that name the classes of the true masks, to measure how much they flatter. Never a result."
+    words = [group[0] for group in class_words(split.names)]
+    labels = [np.unique(item.mask[item.mask != split.ignore_index]) for item in items]
+    return ["a photo of " + " and ".join(words[k] for k in present) for present in labels]
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #439a5815
 def run_segmentation(
@@ -353,17 +396,22 @@ def compare_segmentation(
     expert: DenseHead | None = None,       # from `train_expert_head`
     prompts: Sequence[str] | None = None,  # of split.test; None makes them
     quiet: bool = False,                   # no progress bars
+    oracle: Vermouth | None = None,        # trained with `mask_prompts`; a marked row, never a result
+    short: int | None = None,              # of the trained models' images, as for `model_labeller`
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # counts by method; one row of scores per method
     "Measure trained models and all baselines on the test images."
     first = next(iter(models.values()))
     clip = first.clip
     if prompts is None:
         prompts = prompts_for(first, split.test, "" if quiet else "captions")
-    methods = {name: model_labeller(model) for name, model in models.items()}
+    methods = {name: model_labeller(model, short) for name, model in models.items()}
     if expert is not None:
         if (network := first.expert) is None:
             raise VermouthError("expert: a head for it, but the first model has no expert. Pass expert=None.")
-        methods["expert only"] = vector_labeller(lambda x, _: expert(network(image_batch(x, first.size))), clip)
+        text = segmentation_text(expert.protocol)
+        methods["expert only"] = vector_labeller(
+            lambda x, _: expert(network(image_batch(x, first.size), (-1, 1))), clip, **text
+        )
     methods |= {
         "cross-attention, untrained": attention_labeller(first),
         "CLIP patches": vector_labeller(lambda images, _: clip_patches(images, clip), clip),
@@ -371,6 +419,9 @@ def compare_segmentation(
         "majority class": majority_labeller(trained_on),
     }
     counts = {name: confusion_counts(label, split, prompts, "" if quiet else name) for name, label in methods.items()}
+    if oracle is not None:
+        leaks = mask_prompts(split.test, split)
+        counts[ORACLE] = confusion_counts(model_labeller(oracle, short), split, leaks, "" if quiet else ORACLE)
     return counts, pd.DataFrame({name: segmentation_scores(c, split) for name, c in counts.items()}).T
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #1f102f2a
