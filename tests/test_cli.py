@@ -53,12 +53,12 @@ def test_info_for_people_and_for_scripts():
 
 
 def test_info_finds_weights_in_the_hub_cache(tmp_path):
-    commit = tmp_path / "hub/models--timm--resnet18.a1_in1k/snapshots/0123"
+    commit = tmp_path / "hub/models--timm--resnet18.tv_in1k/snapshots/0123"
     commit.mkdir(parents=True)
     (commit / "model.safetensors").write_bytes(bytes(1000))
     result = run_process("info", "--json", env=OFFLINE | {"HF_HUB_CACHE": str(tmp_path / "hub")}, check=True)
     found = json.loads(result.stdout)
-    assert [name for name, repo in found["hub"].items() if repo["bytes"]] == ["timm/resnet18.a1_in1k"]
+    assert [name for name, repo in found["hub"].items() if repo["bytes"]] == ["timm/resnet18.tv_in1k"]
 
 
 # extract, verify
@@ -136,7 +136,7 @@ def test_extract_refuses(photos, tmp_path, monkeypatch, words, message):
 
 
 def test_classify_a_folder(photos):
-    result = run_process("classify", photos, "--names", "cat, duck,fish", "-k", "2")
+    result = run_process("classify", photos, "--names", "cat, duck,fish", "-k", "2", "--model", "toybox")
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert result.returncode == 1 and [len(line) for line in lines] == [3] * 5, result.stderr
     assert all(Path(line[0]).is_file() for line in lines)
@@ -153,7 +153,7 @@ def test_segment_writes_a_mask_of_numbers(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (50, 30), "green").save(tmp_path / "image.png")
-    words = ("--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--json")
+    words = ("--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--json", "--model", "toybox")
     result = run_process("segment", tmp_path / "image.png", *words)
     assert result.returncode == 0 and not result.stderr, result.stderr
     with Image.open(tmp_path / "mask.png") as mask:
@@ -167,7 +167,15 @@ def test_segment_writes_a_mask_of_numbers(tmp_path):
     [
         (["classify", "0/broken.png", "--names", "a,b"], "not an image"),
         (["classify", "1", "--names", "a,,b"], "number 1 is empty"),
-        (["classify", "1", "--names", "a,b", "--model", "nowhere"], "vermouth.json is missing"),
+        (["classify", "1", "--names", "cat"], "one name, which everything would get"),
+        (["classify", "1"], "Give --names, two or more"),
+        (["classify", "1", "--names", "leopard,motorcycle"], "look the same to this CLIP"),
+        (["classify", "1", "--names", "cat,duck", "--reject", "0.1"], "the model was not trained on classes"),
+        (["classify", "1", "--names", "cat,duck", "--model", "efficientnet_lite0"], "vermouth train ROOT"),
+        (["train", "nowhere", "--out", "model"], "root='nowhere': no such folder"),
+        (["train", ".", "--out", "model", "--task", "rank"], "task='rank': unknown"),
+        (["classify", "1", "--names", "a,b", "--model", "nowhere"], "no such folder, and no name that is known"),
+        (["classify", "1", "--names", "a,b", "--model", "1"], "vermouth.json is missing"),
         (["segment", "0/broken.png", "--names", "a,b", "--out", "mask.png"], "not an image"),
         (["segment", "FIRST", "--names", "a,b", "--out", "mask.jpg"], "ends in .png"),
         (["segment", "FIRST", "--names", "a,b", "--out", "nowhere/mask.png"], "cannot be written"),

@@ -1,19 +1,22 @@
 "Saved models in other processes and folders, and damaged ones."
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save, save_file
 
 from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
-from vermouth.model import FORMAT, Vermouth
+from vermouth.model import Vermouth
+from vermouth.zoo.saving import FORMAT, weights_name
 
 EMBED = """
 import sys, torch
@@ -81,6 +84,24 @@ def change(folder, **entries):
     return card
 
 
+def weights(folder):
+    "The file of weights that is in a folder."
+    return next(folder.glob("model-*.safetensors"))
+
+
+def replace_weights(folder, state):
+    "Give a model other tensors, as somebody does who changes the card, too."
+    data = save(state)
+    weights(folder).unlink()
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / weights_name(digest)).write_bytes(data)
+    change(folder, weights=digest)
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
 def test_a_fresh_process_gives_the_same_bytes(model, saved, tmp_path):
     assert embed_in_fresh_process(saved, tmp_path) == model.embed(photos()).numpy().tobytes()
 
@@ -92,8 +113,8 @@ def test_the_shipped_model_loads_anywhere(tmp_path):
 
 
 def test_frozen_parts_are_named_and_not_copied(model, saved):
-    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "vermouth.json"]
-    assert {k.split(".")[0] for k in load_file(saved / "model.safetensors")} == {"adapters", "uhead"}
+    assert files(saved) == [weights(saved).name, "vermouth.json"]
+    assert {k.split(".")[0] for k in load_file(weights(saved))} == {"adapters", "uhead"}
     card = json.loads((saved / "vermouth.json").read_text())
     assert card["backbone"] == {"name": "toybox", "fingerprint": model.backbone.fingerprint}
     assert card["expert"] == {"name": "toybox", "fingerprint": model.expert.fingerprint, "frozen": True}
@@ -105,7 +126,7 @@ def test_another_backbone_is_refused(refused, model, saved):
 
 def test_a_head_of_another_architecture_is_refused(refused, parts, saved, tmp_path):
     Vermouth.build(device="cpu", uhead="small", **parts).save(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "model.safetensors", saved)
+    replace_weights(saved, load_file(weights(tmp_path / "other")))
     refused(saved, "of another architecture than vermouth.json says (has uhead.levels.0.again")
 
 
@@ -114,30 +135,38 @@ def test_a_head_of_another_architecture_is_refused(refused, parts, saved, tmp_pa
     [(True, "(lacks uhead.pool.out.weight; 1 tensors differ)"), (False, "has uhead.pool.out.weight of shape")],
 )
 def test_missing_and_misshapen_tensors_are_refused(refused, saved, lacks, message):
-    state = load_file(saved / "model.safetensors")
+    state = load_file(weights(saved))
     weight = state.pop("uhead.pool.out.weight")
     if not lacks:
         state["uhead.pool.out.weight"] = weight[1:].contiguous()
-    save_file(state, saved / "model.safetensors")
+    replace_weights(saved, state)
     refused(saved, message)
 
 
+def test_weights_that_are_not_finite_are_refused(refused, saved):
+    state = load_file(weights(saved))
+    state["uhead.pool.out.weight"][0, 0] = torch.nan
+    replace_weights(saved, state)
+    refused(saved, "holds NaN or infinite values, in uhead.pool.out.weight")
+
+
 def test_changed_weights_are_refused(refused, saved):
-    state = load_file(saved / "model.safetensors")
+    state = load_file(weights(saved))
     state["uhead.pool.out.weight"] *= 2
-    save_file(state, saved / "model.safetensors")
+    save_file(state, weights(saved))
     refused(saved, "is not the file that vermouth.json describes")
 
 
 def test_cut_and_pickled_weights_are_refused(refused, saved):
-    whole = (saved / "model.safetensors").read_bytes()
+    file = weights(saved)
+    whole = file.read_bytes()
     for part in (b"", whole[:7], whole[:1000], whole[:-1]):
-        (saved / "model.safetensors").write_bytes(part)
+        file.write_bytes(part)
         refused(saved, "is not a whole file in safetensors format")
-    torch.save({"a": torch.zeros(1)}, saved / "model.safetensors")
+    torch.save({"a": torch.zeros(1)}, file)
     refused(saved, "is not a whole file in safetensors format")
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    refused(saved, "model.safetensors is missing (pytorch_model.bin is there, but pickled weights are not read)")
+    file.rename(saved / "pytorch_model.bin")
+    refused(saved, f"{file.name} is missing (pytorch_model.bin is there, but pickled weights are not read)")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +196,12 @@ def test_a_broken_card_is_refused(refused, saved, text, message):
         ({"settings": {"timesteps": ["200"]}}, "settings.timesteps is not of type int"),
         ({"uhead": {"arch": "huge"}}, "arch='huge': unknown"),
         ({"uhead": {"widths": [33, 32, 32, 32]}}, "each a multiple of 32"),
+        ({"uhead": {"widths": [2**14] * 4}}, "of another architecture than vermouth.json says"),
+        ({"uhead": {"widths": [32 * 10**30] * 4}}, "its heads cannot be built"),
+        ({"uhead": {"out_res": 10**9}}, "its heads cannot be built"),
+        ({"heads": {"dense": {"width": 2**40}}}, "its heads cannot be built"),
+        ({"kind": "tree"}, "kind is missing or unknown"),
+        ({"kind": "linear"}, "backbone is unknown"),
         ({"heads": {"nose": {}}}, "a head 'nose' that this version does not know"),
     ],
 )
@@ -187,7 +222,7 @@ def test_absent_folders_and_parts_are_named(refused, saved, tmp_path):
 
 def test_saving_again_replaces_both_files_and_leaves_nothing_else(parts, saved):
     Vermouth.build("toybox", device="cpu", uhead="none", **parts | {"expert": None}).save(saved, dtype="float16")
-    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "vermouth.json"]
+    assert files(saved) == [weights(saved).name, "vermouth.json"]
     assert Vermouth.load(saved, backbone=parts["backbone"]).expert is None
 
 
@@ -199,5 +234,28 @@ def test_a_full_disk_is_a_sentence_and_the_old_model_stays(model, parts, saved, 
     with pytest.raises(VermouthError, match="cannot be written .No space left on device."):
         model.save(saved)
     monkeypatch.undo()
-    assert sorted(p.name for p in Path(saved).iterdir()) == ["model.safetensors", "vermouth.json"]
+    assert files(saved) == [weights(saved).name, "vermouth.json"]
     assert torch.equal(Vermouth.load(saved, "cpu", **parts).embed(photos()), model.embed(photos()))
+
+
+def test_a_model_of_version_0_2_still_loads(model, parts, saved):
+    card = json.loads((saved / "vermouth.json").read_text())
+    later = ("kind", "training", "protocol", "normalise")
+    card = {key: value for key, value in card.items() if key not in later} | {"format": 1}
+    (saved / "vermouth.json").write_text(json.dumps(card))
+    weights(saved).rename(saved / "model.safetensors")
+    assert torch.equal(Vermouth.load(saved, "cpu", **parts).embed(photos()), model.embed(photos()))
+
+
+def test_push_to_hub_writes_a_page_and_from_pretrained_reads_it(model, parts, tmp_path, monkeypatch):
+    def upload(self, *, folder_path, **options):
+        shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    model.push_to_hub("me/mine")
+    page = (tmp_path / "hub/README.md").read_text()
+    assert "| backbone | toybox | Apache-2.0 |" in page and "library_name: vermouth" in page
+    assert 'open_model("me/mine")' in page.replace("'", '"')
+    again = Vermouth.from_pretrained(tmp_path / "hub", device="cpu", **parts)
+    assert torch.equal(again.embed(photos()), model.embed(photos()))

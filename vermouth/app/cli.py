@@ -6,39 +6,89 @@
 __all__ = ['app']
 
 # %% ../../nbs/app/08_cli.ipynb #092b0ee9
+import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-# %% ../../nbs/app/08_cli.ipynb #f7cc1c8e
-if TYPE_CHECKING:
-    from vermouth.model import Vermouth
+# %% ../../nbs/app/08_cli.ipynb #a601ae26
+def _prepare_streams() -> None:
+    "Replace streams that are closed, and let the others print what their encoding lacks as escapes."
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # a file of ours would get its number, and what is printed
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+# %% ../../nbs/app/08_cli.ipynb #9e7fce3b
+def _drop_output() -> None:
+    "Send standard output nowhere: Python would try again at its end, and complain."
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../../nbs/app/08_cli.ipynb #2f611dc8
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_RESUMED = ("extract", "index", "run", "train")  # commands that keep what is finished
+
+# %% ../../nbs/app/08_cli.ipynb #21768b8c
+def _ending(
+    error: BaseException,
+    command: str,         # its name
+) -> tuple[int, str]:     # exit code and sentence; code 0: a bug
+    "Return how a command ends that an exception has stopped."
+    if isinstance(error, KeyboardInterrupt):  # first: torch, half loaded, cannot be loaded again
+        again = " What is finished is kept: give the same command again." if command in _RESUMED else ""
+        return 130, f"{command}: interrupted.{again}"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""
+    from vermouth.core import VermouthError, printable
+
+    if isinstance(error, VermouthError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"file={printable(error.filename)!r}" if error.filename else "output"
+        return 2, f"{where}: {error.strerror}. Free some space, or give a place that is yours."
+    return 0, ""
 
 # %% ../../nbs/app/08_cli.ipynb #68742b68
 class _Command(TyperCommand):
-    "A command whose `VermouthError` becomes a sentence and exit code 2."
+    "A command that ends with a sentence and an exit code where Python would print a traceback."
 
     def invoke(self, ctx: typer.Context) -> Any:
-        from vermouth.core import VermouthError, keep_freed_memory
-
-        keep_freed_memory()  # the whole process is this program's
-        formatwarning, warnings.formatwarning = warnings.formatwarning, lambda message, *place, **more: f"{message}\n"
+        _prepare_streams()
+        before = warnings.formatwarning
         try:
-            return super().invoke(ctx)
-        except VermouthError as error:
-            typer.echo(error, err=True)
-            raise typer.Exit(2) from None
+            from vermouth.core import keep_freed_memory, printable
+
+            keep_freed_memory()  # the whole process is this program's
+            warnings.formatwarning = lambda message, *place, **more: f"{printable(message)}\n"
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (ValueError, OSError, KeyboardInterrupt) as error:
+            code, sentence = _ending(error, self.name or "")
+            if not code:
+                raise
+            if isinstance(error, OSError):
+                _drop_output()
+            if sentence:
+                typer.echo(sentence, err=True)
+            raise typer.Exit(code) from None
         finally:
-            warnings.formatwarning = formatwarning
+            warnings.formatwarning = before
 
 # %% ../../nbs/app/08_cli.ipynb #f44fb9ed
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)  # the program `vermouth`
@@ -49,15 +99,23 @@ def _print_version(wanted: bool) -> None:
         typer.echo(version("vermouth"))
         raise typer.Exit
 
+# %% ../../nbs/app/08_cli.ipynb #9d3905fb
+_ALLOWED: list[str] = []  # what `vermouth --allow folder` says; as `allow` of `vermouth.model.open_model`
+
 # %% ../../nbs/app/08_cli.ipynb #66543c48
 @app.callback()
 def _start(
     show: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="'folder': open folders that only a trained model's file names (--fetch: names)."),
+    ] = None,
 ) -> None:
     """Diffusion priors for visual perception: features, classes and masks from a frozen Stable Diffusion, and the
     tables of the paper."""
+    _ALLOWED[:] = allow or []
 
 # %% ../../nbs/app/08_cli.ipynb #1087bb52
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
@@ -66,15 +124,27 @@ _Images = Annotated[
     typer.Argument(help="Image files, folders, patterns as '*.png', or - for a list of paths on standard input."),
 ]
 _Index = Annotated[Path, typer.Argument(help="A folder that index has written.")]
-_Model = Annotated[str, typer.Option(help="'toybox', or a folder that Vermouth.save has written.")]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help="'auto' (the best whose weights are here), a trained model or a denoiser (folder or hub id), clip:NAME, "
+        "efficientnet_lite0 or another name of timm's, 'toybox'."
+    ),
+]
+_Fetch = Annotated[bool, typer.Option("--fetch", help="Fetch parts that only a trained model's file names.")]
+_IndexModel = Annotated[str, typer.Option(help="As for index. Default: the one that made the index.")]
 _Names = Annotated[str, typer.Option(help="Class names, two or more, with commas between them.")]
 _BatchSize = Annotated[int, typer.Option(help="Images in one pass.")]
 _ShardOf = Annotated[
     tuple[int, int] | None,
     typer.Option(metavar="K N", help="Only every N-th shard from the K-th (from 0), as one job of an array."),
 ]
+_Engine = Annotated[str, typer.Option(help="'ray': shards as tasks of a Ray cluster. Default: this process.")]
+_Workers = Annotated[int | None, typer.Option(help="Of --engine ray. Default: one per GPU, or one.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, mps. Default: the best there is.", show_default=False)]
-_Dtype = Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16, float16.")]
+_Dtype = Annotated[
+    str, typer.Option(help="Of the frozen weights: float32, bfloat16, float16; auto: the faster of two.")
+]
 
 # %% ../../nbs/app/08_cli.ipynb #13eced85
 def _finish(
@@ -84,31 +154,50 @@ def _finish(
     skipped: Sequence[Any] = (),  # files without a result
 ) -> None:
     "Print a command's result; exit code 1 if files were skipped."
+    from vermouth.core import printable
+
+    shown = [printable(line, keep="\t") for line in lines]
     if as_json:
         text = json.dumps(document, indent=1, ensure_ascii=False)
-        lines = [text.encode("utf-8", "backslashreplace").decode()]  # a file name that is not UTF-8 becomes \udce9
-    for line in lines:
+        shown = [text if printable(text, keep="\n") == text else json.dumps(document, indent=1)]  # the same, in ASCII
+    for line in shown:
         typer.echo(line)
     if skipped:
         raise typer.Exit(1)
 
 # %% ../../nbs/app/08_cli.ipynb #42bfada0
-def _load_model(model: str, device: str, dtype: str = "float32") -> "Vermouth":
-    "The trained model of --model."
-    from vermouth.model import Vermouth
+def _load_model(model: str, device: str, dtype: str = "float32", fetch: bool = False, words: bool = False) -> Any:
+    "The model of --model; with words, for auto, one that knows words."
+    from vermouth.zoo.embedders import open_embedder
 
-    return Vermouth.load(model, device or None, dtype)
+    allow = [*_ALLOWED, "hub"] if fetch else _ALLOWED
+    if (found := open_embedder(model, device or None, words, allow)) is not None:
+        return found
+    from vermouth.model import open_model  # imports diffusers, which takes seconds
+
+    return open_model(model, device or None, dtype, words, allow)
+
+# %% ../../nbs/app/08_cli.ipynb #d0c5da17
+def _say(model: Any, note: str) -> None:
+    "Name the model, and why it does not fit the images, before any result."
+    from vermouth.core import printable
+
+    for line in filter(None, (model.why if "(auto" in model.why else "", note)):
+        typer.echo(printable(line), err=True)
 
 # %% ../../nbs/app/08_cli.ipynb #07dd6261
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     "The lines of a table as wide as its cells."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from vermouth.core import printable
 
     table = Table(*headers, box=None, show_header=any(headers))
     for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=True, force_jupyter=False)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # no markup, as in [red]
+    console = Console(soft_wrap=True, force_jupyter=False, force_terminal=False)
     with console.capture() as printed:
         console.print(table)
     return printed.get().splitlines()
@@ -144,7 +233,12 @@ def _read_parameters(
     for name, sign, _ in named:
         if not sign:
             raise typer.BadParameter(f"{name!r} has no value. Write -p NAME VALUE.")
-    return read_parameters([(name, value) for name, _, value in named], file)
+    for name in {name for name, *_ in named}:
+        if len(values := [value for each, _, value in named if each == name]) > 1:
+            raise typer.BadParameter(f"{name!r} is given {len(values)} times. Write -p {name} {','.join(values)}.")
+    # stages down,mid,up and timesteps 100,200 are lists
+    listed = [(name, f"[{value}]" if re.fullmatch(r"[\w.]+(,[\w.]+)+", value) else value) for name, _, value in named]
+    return read_parameters(listed, file)
 
 # %% ../../nbs/app/08_cli.ipynb #4f3512f6
 @app.command(cls=_PairCommand)
@@ -165,6 +259,7 @@ def run(
 ) -> None:
     "Execute a results notebook with other parameters, or all of them."
     from vermouth.app.run import find_page, gather, results_pages, run_pages, work_folder
+    from vermouth.core import printable
 
     values, every = _read_parameters(parameter, file), notebook == "all"
     pages = results_pages(notebooks) if every else [find_page(notebook, notebooks)]
@@ -174,7 +269,8 @@ def run(
         ended.append(page)
         if not as_json or not page["ok"]:
             result = "ok, done before" if page["skipped"] else "ok" if page["ok"] else f"failed: {page['error']}"
-            typer.echo(f"{page['notebook']:<20} {page['seconds']:8.1f} s  {result}", err=not page["ok"])
+            line = f"{page['notebook']:<20} {page['seconds']:8.1f} s  {result}"
+            typer.echo(printable(line), err=not page["ok"])
     rows, table = len(gather(results, out / "results.csv")) if every else 0, out / "results.csv"
     document = {"pages": ended, "table": str(table), "rows": rows} if every else ended[0]
     _finish(document, [f"{rows} rows of {results} are gathered in {table}"] if rows else [], as_json)
@@ -201,17 +297,72 @@ _Size = Annotated[
     typer.Option(help="Side in pixels that images are resized to. Default: 256, or the model's own if smaller."),
 ]
 
+# %% ../../nbs/app/08_cli.ipynb #3295c55f
+_Unet = Annotated[
+    str, typer.Option(help="Another U-Net in this checkpoint: a folder, a file, a hub id.", show_default=False)
+]
+_Lora = Annotated[list[str] | None, typer.Option(help="A LoRA to add: a file, a folder, a hub id. As often as needed.")]
+_Variant = Annotated[str, typer.Option(help="Weights of another name, as fp16.", show_default=False)]
+
 # %% ../../nbs/app/08_cli.ipynb #92d22a98
-def _load_frozen(model: str, captioner: str, expert: str, device: str, dtype: str) -> tuple:
+def _load_frozen(
+    model: str, captioner: str, expert: str, device: str, dtype: str, unet: str, lora: list[str], variant: str
+) -> tuple:
     "Backbone, captioner and expert of --model, --captioner and --expert; None for those that are not wanted."
     from vermouth.backbone import load_backbone
     from vermouth.expert import load_expert
     from vermouth.text import load_captioner
 
-    backbone = load_backbone(model, device or None, dtype)
+    backbone = load_backbone(model, device or None, dtype, variant=variant or None, unet=unet or None, lora=lora)
+    backbone.optimize(batch=False)  # the batch is the user's: a store's bytes follow from what was asked for
     name = captioner or ("toybox" if model == "toybox" else _BLIP)
     blip = None if name == "none" else load_captioner(name, backbone.device)
     return backbone, blip, load_expert(expert, device=backbone.device) if expert else None
+
+# %% ../../nbs/app/08_cli.ipynb #8dfad6e4
+def _store_type(
+    dtype: str,  # as given
+    device: str,
+    out: Path,   # a store, begun or not
+) -> str:        # "float32", "bfloat16" or "float16"
+    "--dtype, where auto is the type of a store that has begun, or the one that is faster here."
+    from vermouth.core import pick_dtype
+    from vermouth.data.arrow import INFO, read_plan
+
+    if dtype == "auto" and (out / INFO).is_file():
+        return read_plan(out).settings["compute"]
+    return str(pick_dtype(dtype, device or None)).removeprefix("torch.")
+
+# %% ../../nbs/app/08_cli.ipynb #1e13ee60
+def _feature_settings(pairs: list[str] | None, engine: str) -> dict[str, Any]:
+    "The settings of -p. Raises VermouthError for unknown names, and for an unknown --engine."
+    from vermouth.backbone import FeatureSettings
+    from vermouth.core import choose
+
+    choose("engine", engine or "ray", ["ray"])
+    settings = _read_parameters(pairs)
+    for setting in settings:
+        choose("parameter", setting, vars(FeatureSettings()))
+    return settings
+
+# %% ../../nbs/app/08_cli.ipynb #e8327a1f
+def _report_store(
+    made: Any,   # the store; None while other shards are missing
+    count: int,  # of images that were named
+    out: Path,
+    as_json: bool,
+    alone: bool, # False for one job of an array, each of which reports
+) -> None:
+    "Print what extract has written, and how to read it."
+    if made is None:
+        return _finish({"store": str(out), "complete": False}, [f"{out}: other shards are still missing"], as_json)
+    if alone and os.environ.get("RANK", "0") != "0":
+        return  # of a launcher's processes the first prints the result
+    checksum, megabytes = made.state["checksum"], made.nbytes / 1e6
+    document = {"store": str(out), "items": len(made), "bytes": made.nbytes, "checksum": checksum}
+    lines = [f"{len(made)} of {count} images are in {out}: {megabytes:.1f} MB, checksum {checksum}"]
+    lines += ["from vermouth.store import FeatureStore", f"maps = FeatureStore({str(out)!r}).batch([0])"]
+    _finish(document | {"set_aside": made.skipped}, lines, as_json, made.skipped)
 
 # %% ../../nbs/app/08_cli.ipynb #5fc82d22
 @app.command(cls=_PairCommand)
@@ -219,39 +370,39 @@ def extract(
     images: _Images,
     out: _Store,
     model: _Denoiser = "toybox",
+    unet: _Unet = "",
+    lora: _Lora = None,
+    variant: _Variant = "",
     captioner: _Captioner = "",
     expert: _Expert = "",
     size: _Size = None,
     batch_size: _BatchSize = 32,
     parameter: _Parameters = None,
     shard_of: _ShardOf = None,
+    engine: _Engine = "",
+    workers: _Workers = None,
     device: _Device = "",
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = "auto",
     as_json: _Json = False,
 ) -> None:
-    """Compute the features of images, also of tar files of them (webdataset), once and keep them on disk; several
-    processes of a launcher (torchrun, accelerate launch) or a job array (--shard-of) share the work. -p takes
-    timesteps, stages, attention, …"""
+    """Compute the features of images, also of tar files of webdataset, once and keep them on disk. Processes of
+    torchrun or a job array (--shard-of) share the work. -p takes timesteps, stages, attention, …"""
     from vermouth import store
     from vermouth.app.files import image_paths, unpacked
-    from vermouth.backbone import FeatureSettings
-    from vermouth.core import choose
 
-    items, settings = unpacked(image_paths(images, sys.stdin)), _read_parameters(parameter)
-    for setting in settings:
-        choose("parameter", setting, vars(FeatureSettings()))
-    backbone, blip, frozen = _load_frozen(model, captioner, expert, device, dtype)
-    side = min(256, backbone.unet.config.sample_size * backbone.factor) if size is None else size
+    items, settings = unpacked(image_paths(images, sys.stdin)), _feature_settings(parameter, engine)
+    kept = _store_type(dtype, device, Path(out))
+    load = partial(_load_frozen, model, captioner, expert, device, kept, unet, lora or [], variant)
+    backbone, blip, frozen = load()
+    side = min(256, *backbone.native_size) if size is None else size
+    options = {"size": side, "batch_size": batch_size, **settings}
     with redirect_stdout(sys.stderr):
-        options = {"quiet": as_json, "shard_of": shard_of, **settings}
-        made = store.extract(backbone, items, out, None, blip, frozen, side, batch_size, **options)
-    if made is None:
-        return _finish({"store": str(out), "complete": False}, [f"{out}: other shards are still missing"], as_json)
-    if shard_of or os.environ.get("RANK", "0") == "0":  # of a launcher's processes the first prints the result
-        checksum, megabytes = made.state["checksum"], made.nbytes / 1e6
-        document = {"store": str(out), "items": len(made), "bytes": made.nbytes, "checksum": checksum}
-        line = f"{len(made)} of {len(items)} images are in {out}: {megabytes:.1f} MB, checksum {checksum}"
-        _finish(document | {"set_aside": made.skipped}, [line], as_json, made.skipped)
+        if engine:
+            made = import_module("vermouth.app.cluster").extract_on_ray(load, items, out, workers, **options)
+        else:
+            options |= {"captioner": blip, "expert": frozen, "quiet": as_json, "shard_of": shard_of}
+            made = store.extract(backbone, items, out, **options)
+    _report_store(made, len(items), out, as_json, alone=shard_of is None)
 
 # %% ../../nbs/app/08_cli.ipynb #851467b9
 @app.command(cls=_Command)
@@ -271,12 +422,28 @@ def verify(
     document = {"store": str(store), "items": len(features), "bytes": features.nbytes, "checksum": checksum}
     _finish(document, [checksum], as_json)
 
+# %% ../../nbs/app/08_cli.ipynb #b5ee5bba
+@app.command(cls=_Command)
+def check(
+    path: Annotated[Path, typer.Argument(help="Weights, a data set, masks, photos, a store or an index.")],
+    as_json: _Json = False,
+) -> None:
+    "Say what a file or folder is, what will happen with it, what is wrong and how to mend it; exit code 0 or 2."
+    from vermouth.app.check import check as inspected
+
+    with redirect_stdout(sys.stderr):
+        verdict = inspected(path)
+    _finish(verdict.document(), verdict.lines(), as_json)
+    if not verdict.ok:
+        raise typer.Exit(2)
+
 # %% ../../nbs/app/08_cli.ipynb #e3f9b83d
 @app.command(cls=_Command)
 def index(
     folder: Annotated[Path, typer.Argument(help="Photos, with sub-folders.")],
     out: Annotated[Path, typer.Option(help="Folder of the index. An existing one is brought up to date.")],
-    model: _Model = "toybox",
+    model: _Model = "auto",
+    fetch: _Fetch = False,
     batch_size: Annotated[int, typer.Option(help="Photos at a time: what a crash can cost.")] = 32,
     device: _Device = "",
     dtype: _Dtype = "float32",
@@ -285,10 +452,13 @@ def index(
     "Compute the vectors of a folder's photos, so that they can be searched."
     from vermouth.app.index import build_index
 
+    network = _load_model(model, device, dtype, fetch)
     with redirect_stdout(sys.stderr):
-        made = build_index(folder, out, _load_model(model, device, dtype), batch_size, quiet=as_json)
+        made = build_index(folder, out, network, batch_size, quiet=as_json)
+    _say(network, made.misfit if as_json else "")  # else the report has said it
     checksum = made.settings["checksum"]
     document = {"index": str(out), **made.changes, "how": made.how, "checksum": checksum, "set_aside": made.skipped}
+    document |= {"model": network.name, "warning": made.misfit or None}
     _finish(document, [f"{len(made)} photos are in {out}, checksum {checksum}"], as_json, made.skipped)
 
 # %% ../../nbs/app/08_cli.ipynb #74dda289
@@ -298,84 +468,105 @@ def search(
     query: Annotated[str, typer.Argument(help="A drawing or a photo by its path, or words: 'a red car'.")],
     k: Annotated[int, typer.Option("-k", "--count", help="How many photos to find.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a page of thumbnails, too, in one file.")] = None,
-    model: _Model = "toybox",
+    add: Annotated[list[str] | None, typer.Option(help="Words or an image whose meaning is added.")] = None,
+    subtract: Annotated[list[str] | None, typer.Option(help="Words or an image whose meaning is taken away.")] = None,
+    weight: Annotated[float, typer.Option(help="Of each --add and --subtract, beside the query's 1.")] = 1.0,
+    model: _IndexModel = "auto",
+    fetch: _Fetch = False,
     device: _Device = "",
     dtype: _Dtype = "float32",
     as_json: _Json = False,
 ) -> None:
     "Find photos by a drawing, a photo or words; the nearest first, each with its score."
-    from vermouth.app.search import Index, hits_page
+    from vermouth.app.answers import fit_note
+    from vermouth.app.search import Index, hits_page, is_words
 
     photos = Index(index)  # before the model is loaded: a wrong folder is refused at once
-    hits = photos.search(query, _load_model(model, device, dtype), k)
+    network = photos.own_model(device or None, dtype) if model == "auto" else _load_model(model, device, dtype, fetch)
+    hits = photos.search(query, network, k, add or (), subtract or (), weight)
+    note = photos.misfit or fit_note(network, [] if is_words(query) else [query])
     if html:
-        hits_page(hits, html, query)
+        hits_page(hits, html, query, note, photos.settings["folder"])
+    _say(network, note)
     typer.echo(photos.how, err=True)
     document = {"how": photos.how, "hits": [{"path": hit.path, "score": round(hit.score, 6)} for hit in hits]}
-    lines = [f"{hit.score:7.4f}  {hit.path if hit.path.isprintable() else repr(hit.path)}" for hit in hits]
+    document |= {"model": photos.settings["model"], "warning": note or None}
+    lines = [f"{hit.score:7.4f}  {hit.path}" for hit in hits]
     _finish(document, lines, as_json)
-
-# %% ../../nbs/app/08_cli.ipynb #2502a256
-def _split_names(names: str) -> list[str]:
-    "Class names as typed. Raises VermouthError if there is only one."
-    from vermouth.core import VermouthError
-
-    found = [name.strip() for name in names.split(",")]
-    if len(found) < 2:
-        raise VermouthError(f"names={names!r}: one name, which everything would get. Give two or more, with commas.")
-    return found
 
 # %% ../../nbs/app/08_cli.ipynb #c69c24d1
 @app.command(cls=_Command)
 def classify(
     images: _Images,
-    names: _Names,
-    model: _Model = "toybox",
+    names: _Names = "",
+    model: _Model = "auto",
+    fetch: _Fetch = False,
     top: Annotated[int, typer.Option("-k", help="How many names to print, the likeliest first.")] = 3,
+    reject: Annotated[
+        float, typer.Option(help="Share of images of known classes that may get 'none of these'; of trained models.")
+    ] = 0.0,
     batch_size: _BatchSize = 32,
     device: _Device = "",
     as_json: _Json = False,
 ) -> None:
-    "Print which of some names fits each image."
-    from vermouth.app.files import image_paths, over_images
+    "Print which of some names fits each image; a model that was trained on classes knows its own."
+    from vermouth.app.answers import NONE, classify_files, fit_note, some_images, split_names
+    from vermouth.app.files import image_paths
+    from vermouth.core import printable
 
-    class_names, paths = _split_names(names), image_paths(images, sys.stdin)
-    network = _load_model(model, device)
-
-    def probabilities(batch):
-        return network.classify(batch, class_names, batch_size=batch_size).tolist()
-
-    done, skipped = over_images(probabilities, paths, "classify", batch_size)
-    images, lines = [], []
-    for path, row in done:
-        ranked = dict(sorted(zip(class_names, row, strict=True), key=lambda pair: -pair[1]))
-        images.append({"image": str(path), "name": next(iter(ranked)), "probabilities": ranked})
-        lines.append("\t".join([str(path), *(f"{name} {p:.3f}" for name, p in list(ranked.items())[:top])]))
+    class_names, paths = split_names(names), image_paths(images, sys.stdin)
+    network = _load_model(model, device, fetch=fetch, words=True)
+    note = fit_note(network, some_images(paths), chosen=model == "auto")
+    results, skipped = classify_files(network, paths, class_names, batch_size, reject)
+    lines = []
+    for result in results:
+        ranked = [f"{name} {p:.3f}" for name, p in list(result["probabilities"].items())[:top]]
+        lines.append("\t".join([result["image"], *([NONE] if result["name"] == NONE else []), *ranked]))
+    _say(network, note)
     if not as_json:
         for _, reason in skipped:
-            typer.echo(f"skipped: {reason}", err=True)
-    _finish({"images": images, "set_aside": skipped}, lines, as_json, skipped)
+            typer.echo(f"skipped: {printable(reason)}", err=True)
+    document = {"images": results, "set_aside": skipped, "model": network.name, "warning": note or None}
+    _finish(document, lines, as_json, skipped)
 
-# %% ../../nbs/app/08_cli.ipynb #9cdaa630
-def _check_mask(
-    count: int,  # of names
-    path: Path,  # the PNG file to write
+# %% ../../nbs/app/08_cli.ipynb #7f166a24
+@app.command(cls=_Command)
+def train(
+    root: Annotated[Path, typer.Argument(help="ROOT/class/image, or train/ and test/; sbir: ROOT/{photo,sketch}/…")],
+    out: Annotated[Path, typer.Option(help="Folder of the model. Features are kept in it, too.")],
+    task: Annotated[str, typer.Option(help="classify, or sbir: photos for drawings.")] = "classify",
+    model: _Model = "auto",
+    fetch: _Fetch = False,
+    expert: _Expert = "",
+    shots: Annotated[int, typer.Option(help="Training images of each class. Default: all.", show_default=False)] = 0,
+    head: Annotated[str, typer.Option(help="linear, uhead, or both: the better on held-back images is kept.")] = "both",
+    seed: Annotated[int, typer.Option(help="Of shots, of what is held back, of weights.")] = 0,
+    device: _Device = "",
+    dtype: _Dtype = "float32",
+    as_json: _Json = False,
 ) -> None:
-    "Raises VermouthError if a mask of so many names cannot be written to this file."
-    from vermouth.core import VermouthError
+    "Train a model on a folder of images, measure it on images that were held out, and save it with its class names."
+    from vermouth.app.train import TASKS, train_model
+    from vermouth.core import VermouthError, choose
 
-    if count > 256:
-        raise VermouthError(
-            f"names: {count} of them, and a PNG mask holds 256. Give fewer, or call Vermouth.segment from Python."
-        )
-    if path.suffix.lower() != ".png":
-        raise VermouthError(
-            f"out={str(path)!r}: not a PNG file, and others would change the numbers. Give a name that ends in .png."
-        )
-    if not path.parent.is_dir():
-        raise VermouthError(
-            f"out={str(path)!r}: cannot be written (no such folder). Give a file in an existing folder."
-        )
+    choose("task", task, TASKS)
+    if not root.is_dir():
+        raise VermouthError(f"root={str(root)!r}: no such folder. Give one with a folder of images for each class.")
+    network = _load_model(model, device, dtype, fetch)
+    _say(network, "")
+    options = {"expert": expert, "shots": shots, "head": head, "seed": seed, "device": device or None}
+    with redirect_stdout(sys.stderr):
+        made = train_model(task, root, out, network, quiet=as_json, **options)
+    for line in made.lines:
+        typer.echo(line, err=True)
+    rows = [[method, *("" if value != value else f"{value:.1%}" for value in values)] for method, *values in made.table]
+    table = _table(["", "held back", "test"], rows)
+    document = {"model": str(out), "features": network.name, **made.model.training_card}
+    del document["calibration"]
+    numbers = {method: [None if value != value else value for value in values] for method, *values in made.table}
+    document["methods"] = numbers  # held back, test
+    document |= {"set_aside": made.skipped, "next": made.next}
+    _finish(document, [*table, f"next: {made.next}"], as_json, made.skipped)
 
 # %% ../../nbs/app/08_cli.ipynb #e024e1c7
 _Short = Annotated[
@@ -391,38 +582,35 @@ def segment(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     names: _Names,
     out: Annotated[Path, typer.Option(help="The PNG file for the mask.")],
-    model: _Model = "toybox",
+    model: _Model = "auto",
+    fetch: _Fetch = False,
     short: _Short = None,
     device: _Device = "",
     as_json: _Json = False,
 ) -> None:
     "Name every pixel of an image."
-    from PIL import Image
-
-    from vermouth.core import VermouthError
+    from vermouth.app.answers import check_mask, check_names, fit_note, split_names, write_mask
     from vermouth.images import read_image
-    from vermouth.visualize import palette
 
-    class_names, picture = _split_names(names), read_image(image)
-    _check_mask(len(class_names), out)
-    labels = _load_model(model, device).segment(picture, class_names, short=short)
-    mask = Image.fromarray(labels.astype("uint8"))
-    mask.putpalette(palette(len(class_names)).tobytes())
-    try:
-        mask.save(out)
-    except OSError as e:
-        raise VermouthError(
-            f"out={str(out)!r}: cannot be written ({e.strerror}). Give a file in a writable folder."
-        ) from e
+    class_names, picture = split_names(names) or [], read_image(image)
+    check_mask(len(class_names), out)
+    network = _load_model(model, device, fetch=fetch, words=True)
+    check_names(network, class_names)
+    note = fit_note(network, [picture], chosen=model == "auto")
+    labels = network.segment(picture, class_names, short=short)
+    write_mask(labels, len(class_names), out)
     share = {name: round(float((labels == i).mean()), 4) for i, name in enumerate(class_names)}
     lines = [f"{name}\t{part:.1%}" for name, part in share.items()]
-    _finish({"image": str(image), "mask": str(out), "share": share}, lines, as_json)
+    _say(network, note)
+    document = {"image": str(image), "mask": str(out), "share": share}
+    _finish(document | {"model": network.name, "warning": note or None}, lines, as_json)
 
 # %% ../../nbs/app/08_cli.ipynb #0ec1cbb0
 @app.command(cls=_Command)
 def web(
     index: _Index,
-    model: _Model = "toybox",
+    model: _IndexModel = "auto",
+    fetch: _Fetch = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     device: _Device = "",
@@ -434,7 +622,12 @@ def web(
     need_gradio()
     from vermouth.app.search import Index
 
-    serve(Index(index), lambda: _load_model(model, device, dtype), host, port, typer.echo)
+    photos = Index(index)
+
+    def load() -> Any:
+        return photos.own_model(device or None, dtype) if model == "auto" else _load_model(model, device, dtype, fetch)
+
+    serve(photos, load, host, port, typer.echo)
 
 # %% ../../nbs/app/08_cli.ipynb #4ca30f6d
 _PACKAGES = (
@@ -453,9 +646,10 @@ _HUB = {
     _BLIP: "captioner",
     "timm/vit_large_patch14_clip_224.openai": "CLIP of SD 1.x",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "CLIP of SD 2.x",
-    "timm/resnet18.a1_in1k": "expert",
+    "timm/resnet18.tv_in1k": "expert",
     "timm/vit_base_patch16_224.dino": "expert",
     "timm/vit_base_patch14_dinov2.lvd142m": "expert",
+    "timm/tf_efficientnet_lite0.in1k": "expert",
 }
 
 # %% ../../nbs/app/08_cli.ipynb #18d077d8
