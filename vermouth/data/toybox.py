@@ -161,16 +161,32 @@ def _photo_caption(rng: np.random.Generator, name: str, colour: str) -> str:
     what = f"{colour} {name}" if rng.random() < 0.5 else name
     return f"{rng.choice(['a photo', 'a photo', 'a picture', 'an image'])} of {_with_article(what)}"
 
+# %% ../../nbs/data/01_toybox.ipynb #8e9da5bf
+def part_points(
+    shapes: list[np.ndarray | None],     # outlines in [-1,1]; None for a part that was left out
+    hidden: Image.Image | None = None,   # the doubled canvas, L: where something covers the object
+) -> np.ndarray:                         # (P,2) float32: x and y in pixels, NaN for a part that is not visible
+    "Return the centres of an instance's parts."
+    found = np.full((len(shapes), 2), np.nan, np.float32)
+    for i, xy in enumerate(shapes):
+        if xy is None or np.abs(centre := xy.mean(0)).max() >= 1:
+            continue
+        column, row = ((centre + 1) * SIZE).astype(int).tolist()
+        if hidden is None or not hidden.getpixel((column, row)):
+            found[i] = (centre + 1) * SIZE / 2
+    return found
+
 # %% ../../nbs/data/01_toybox.ipynb #768e5020
 def photo(
     rng: np.random.Generator,              # draws everything
     name: str,                             # category
-) -> tuple[Image.Image, np.ndarray, str]:  # RGB 64×64; mask (64,64) uint8: the label, elsewhere IGNORE; caption
+) -> tuple[Image.Image, np.ndarray, str, np.ndarray]:  # RGB 64×64; mask (64,64) uint8: the label, elsewhere
+    # IGNORE; caption; parts' centres (P,2), as from `part_points`
     "A photo of one object: coloured, lit, before a cluttered background, at times partly hidden."
     scale = rng.uniform(0.55, 0.85)
     word, main = _main_colour(rng, name)
     shapes = geometry(rng, name, tuple(rng.uniform(-0.22, 0.22, 2)), scale)
-    canvas, covered = _backdrop(rng), Image.new("L", (2 * SIZE, 2 * SIZE))
+    canvas, covered, hidden = _backdrop(rng), *(Image.new("L", (2 * SIZE, 2 * SIZE)) for _ in range(2))
     draw, stencil = ImageDraw.Draw(canvas), ImageDraw.Draw(covered)
     points = np.concatenate(shapes)
     if rng.random() < 0.5:  # a soft shadow on the ground
@@ -183,16 +199,17 @@ def photo(
         blob = _blob(rng, corner, rng.uniform(0.1, 0.22))
         draw.polygon(blob, fill=_rgb(_muted(rng)))
         stencil.polygon(blob, fill=0)
+        ImageDraw.Draw(hidden).polygon(blob, fill=1)
     inside = np.asarray(covered.reduce(2)) / 255.0
     image = _develop(rng, canvas, inside)
     mask = np.where(inside > 0.5, NAMES.index(name), IGNORE).astype(np.uint8)
-    return image, mask, _photo_caption(rng, name, word)
+    return image, mask, _photo_caption(rng, name, word), part_points(list(shapes), hidden)
 
 # %% ../../nbs/data/01_toybox.ipynb #e60d9172
 def sketch(
     rng: np.random.Generator,  # draws everything
     name: str,                 # category
-) -> tuple[Image.Image, str]:  # RGB 64×64, dark on white; caption
+) -> tuple[Image.Image, str, np.ndarray]:  # RGB 64×64, dark on white; caption; parts' centres (P,2)
     "A sketch of one object, as if drawn by hand."
     scale = rng.uniform(0.6, 0.9)
     shapes = geometry(rng, name, tuple(rng.uniform(-0.12, 0.12, 2)), scale)
@@ -200,9 +217,11 @@ def sketch(
     draw = ImageDraw.Draw(image)
     hand, ink, width, hides = rng.uniform(0.005, 0.02), rng.uniform(0, 90), rng.uniform(2.0, 4.2), rng.random() < 0.8
     areas = [np.ptp(xy, 0).prod() for xy in shapes]
-    for xy, part, area in zip(shapes, CATEGORIES[name].parts, areas, strict=True):
+    drawn: list[np.ndarray | None] = [*shapes]
+    for i, (xy, part, area) in enumerate(zip(shapes, CATEGORIES[name].parts, areas, strict=True)):
         if area < 0.3 * max(areas) and rng.random() < 0.1:
-            continue  # a small part left out
+            drawn[i] = None  # a small part left out
+            continue
         points = xy + rng.normal(0, hand, xy.shape) + rng.normal(0, hand, 2)
         if not part.width:
             if hides:
@@ -210,7 +229,7 @@ def sketch(
             points = np.vstack([points, points[:1] + rng.normal(0, 1.5 * hand, 2)])
         _stroke(rng, draw, points, ink, width * rng.uniform(0.8, 1.25))
     medium = rng.choice(["a sketch", "a sketch", "a drawing", "a line drawing"])
-    return image.reduce(2).convert("RGB"), f"{medium} of {_with_article(name)}"
+    return image.reduce(2).convert("RGB"), f"{medium} of {_with_article(name)}", part_points(drawn)
 
 # %% ../../nbs/data/01_toybox.ipynb #5dfe6ed9
 def _stroke(rng: np.random.Generator, draw: ImageDraw.ImageDraw, points: np.ndarray, ink: float, width: float) -> None:
@@ -296,6 +315,7 @@ class ToyItem:
     name: str                # the category
     caption: str             # what the image shows, in words
     mask: np.ndarray | None  # (64,64) uint8; of a scene LABELS, of a photo its label and IGNORE; None for a sketch
+    points: np.ndarray | None = None  # (P,2) centres of the parts, x and y in pixels, NaN where hidden; None: a scene
 
 # %% ../../nbs/data/01_toybox.ipynb #de3eba25
 def render(
@@ -306,15 +326,15 @@ def render(
     others: tuple[str, ...] = NAMES,  # what else a scene may hold
 ) -> ToyItem:
     "One item; everything random in it comes from these arguments."
-    label, mask = NAMES.index(name), None
+    label, mask, points = NAMES.index(name), None, None
     rng = np.random.default_rng([seed, KINDS.index(kind), label, instance])
     if kind == "photo":
-        image, mask, caption = photo(rng, name)
+        image, mask, caption, points = photo(rng, name)
     elif kind == "sketch":
-        image, caption = sketch(rng, name)
+        image, caption, points = sketch(rng, name)
     else:
         image, mask, caption = scene(rng, name, others)
-    return ToyItem(image, label, name, caption, mask)
+    return ToyItem(image, label, name, caption, mask, points)
 
 # %% ../../nbs/data/01_toybox.ipynb #00584407
 class Toybox:
