@@ -34,7 +34,9 @@ setup(
     package_data={"vermouth": ["py.typed", "toybox/**/*", "app/static/*", "**/*.json", "**/*.csv", "**/*.txt"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "web": cfg["web_requirements"].split()},
+    extras_require={
+        key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")
+    },
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),
         "nbdev": [f"vermouth={cfg['lib_path']}._modidx:d"],

@@ -2,17 +2,11 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import PurePosixPath
 from statistics import median
 
 import nbformat
-import pytest
-import yaml
 from conftest import ROOT
 from house import (
     MODULES,
@@ -25,14 +19,13 @@ from house import (
     exports,
     markdown,
     python,
-    quarto,
-    settings,
     tree,
 )
 
 PARAMETERS = {
     *("model", "captioner", "expert", "dataset", "root", "shots", "timesteps", "stages", "attention", "prompt"),
     *("uhead", "epochs", "batch_size", "seed", "device", "dtype", "limit", "out_dir"),
+    *("protocol", "noise", "scale", "temperature"),
 }
 
 
@@ -195,51 +188,3 @@ def test_names_of_ours_that_are_mentioned_exist():
     }
     unknown = [f"{name}: {dotted}" for name, all_said in said.items() for dotted in all_said if not exists(dotted)]
     assert not unknown, unknown
-
-
-def listed(contents):
-    for entry in contents:
-        if isinstance(entry, str):
-            yield entry
-        else:
-            yield from listed(entry["contents"])
-
-
-def test_the_site_lists_every_page_once():
-    assert (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
-    entries = list(listed(quarto()["website"]["sidebar"]["contents"]))
-    assert sorted(entries) == sorted(PAGES), (
-        f"_quarto.yml lacks {sorted(set(PAGES) - set(entries))}, has in excess {sorted(set(entries) - set(PAGES))}"
-    )
-
-
-def test_the_site_agrees_with_settings():
-    site, ours = quarto()["website"], settings()
-    assert [site["title"], site["description"], site["repo-url"], site["repo-branch"]] == [
-        ours[k] for k in ("title", "description", "git_url", "branch")
-    ]
-    assert quarto()["project"]["output-dir"] == ours["doc_path"]
-
-
-@pytest.fixture(scope="module")
-def site(checkout):
-    "The YAML of every page as Quarto would get it: all of nbdev_docs that does not need Quarto."
-    code = f"from nbdev.serve import proc_nbs\nproc_nbs(n_workers={os.cpu_count()})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    heads = {page: nbformat.read(checkout / "_proc" / page, as_version=4).cells[0].source for page in PAGES}
-    return {page: yaml.safe_load(head.strip().strip("-")) for page, head in heads.items()}
-
-
-def test_every_page_of_the_site_has_a_title_and_a_sentence(site):
-    bad = [page for page, head in site.items() if not head.get("title") or not head.get("description")]
-    assert not bad, bad
-
-
-def test_no_two_pages_of_the_site_share_an_address(site):
-    "nbdev drops the numbers: 05_uhead and 15_uhead would both become uhead.html."
-    address = {
-        page: (PurePosixPath(page).parent / head["output-file"]).as_posix().lower() for page, head in site.items()
-    }
-    clashes = [f"{page}: {a}" for page, a in address.items() if list(address.values()).count(a) > 1]
-    assert not clashes, clashes

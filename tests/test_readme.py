@@ -41,4 +41,4 @@ def test_readme_gives_the_commands_that_are_checked():
     ]
     [pattern] = re.findall(r"grep -x '([^']+)' README.md", script)  # the script takes its command from there
     assert re.fullmatch(pattern, test_command)
-    assert all(part in workflow for part in test_command.split(" && "))
+    assert all(part in workflow for part in test_command.split(" && ")[1:])  # there it installs from the lock
