@@ -1,9 +1,11 @@
 "What the tests share."
 
 import os
+import re
 import shutil
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,19 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     COUNTS.update(getattr(node, "workeroutput", {}).get("counts", {}))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    "Keep what a browser shows when a test with one fails, in the folder VERMOUTH_FAILED."
+    report = yield
+    browser, folder = getattr(item, "funcargs", {}).get("browser"), os.environ.get("VERMOUTH_FAILED")
+    if report.failed and browser and folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for i, page in enumerate(page for context in browser.contexts for page in context.pages):
+            with suppress(Exception):  # the page may be what has failed
+                page.screenshot(path=f"{folder}/{re.sub(r'[^0-9A-Za-z_-]+', '_', item.name)}-{i}.png")
+    return report
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,5 @@
-"A small few-shot and a small retrieval table as JSON, for test_reproducible: python small_tables.py BATCH_SIZE THREADS"
+"""A small few-shot and a small retrieval table as JSON, for test_reproducible: python small_tables.py 32,1 5,1, each a
+batch size and a number of threads; one line each."""
 
 import json
 import sys
@@ -16,7 +17,7 @@ from vermouth.tasks.sbir import evaluate_sbir, train_sbir
 
 
 def few_shot_table(model, folder, batch_size):
-    data = load_fewshot(limit=60)
+    data = load_fewshot(limit=30)
     items = study_items(data, [1, 4], [1])
     store = store_items(model, items, folder, batch_size=batch_size, quiet=True)
     reading = StudyFeatures(store, items, store.prompts)
@@ -27,7 +28,7 @@ def few_shot_table(model, folder, batch_size):
 
 
 def sbir_table(model, folder, batch_size):
-    split = load_sbir(shots=1, limit=48)
+    split = load_sbir(shots=1, limit=30)
     items = [*split.train_sketches, *split.train_photos]
     store = store_items(model, items, folder, batch_size=batch_size, quiet=True)
     train_sbir(model, split, epochs=5, lr=1e-3, quiet=True, features=store)
@@ -43,8 +44,10 @@ def sbir_table(model, folder, batch_size):
 
 
 if __name__ == "__main__":
-    batch_size, threads = map(int, sys.argv[1:])
-    torch.set_num_threads(threads)
-    model, folder = Vermouth.build(uhead="pico"), Path(tempfile.mkdtemp())
-    table = few_shot_table(model, folder / "fewshot", batch_size)
-    print(json.dumps(table | sbir_table(model, folder / "sbir", batch_size)))
+    for setting in sys.argv[1:]:
+        batch_size, threads = map(int, setting.split(","))
+        torch.set_num_threads(threads)
+        # weights are drawn anew, so that no setting profits from the training of another
+        model, folder = Vermouth.build(uhead="pico"), Path(tempfile.mkdtemp())
+        table = few_shot_table(model, folder / "fewshot", batch_size)
+        print(json.dumps(table | sbir_table(model, folder / "sbir", batch_size)))

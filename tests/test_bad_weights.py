@@ -63,13 +63,17 @@ def test_a_checkpoint_in_one_file_is_refused(program, folder):
     program.refuses(*EXTRACT, "--model", "sd.safetensors", says="no model_index.json in it")
 
 
-def test_a_backbone_is_no_trained_model(program, folder):
+def test_a_checkpoint_of_another_kind_is_no_model_either(program, folder):
     checkpoint(folder / "xl", SDXL)
-    program.refuses("classify", "in", *NAMES, "--model", "xl", says="vermouth.json is missing")
+    program.refuses("classify", "in", *NAMES, "--model", "xl", says="holds a StableDiffusionXLPipeline whose text_enc")
+    (folder / "xl/model_index.json").unlink()
+    program.refuses("classify", "in", *NAMES, "--model", "xl", says="vermouth.json is missing, as are model_index.json")
 
 
 def test_pickled_weights_of_a_backbone_are_refused(program, folder):
     checkpoint(folder / "sd", STABLE_DIFFUSION)
+    for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
+        (folder / "sd" / part).mkdir()
     pickles(folder / "sd", "vae/diffusion_pytorch_model.bin")
     program.refuses(*EXTRACT, "--model", "sd", says="pickled .bin files are not read")
 
@@ -82,7 +86,8 @@ def test_pickled_weights_of_a_trained_model_are_refused(program, folder):
 
 def test_a_pickle_that_is_called_safetensors_is_refused(program, folder, toybox):
     toybox.save(folder / "model")
-    pickles(folder / "model", "model.safetensors")
+    [weights] = (folder / "model").glob("*.safetensors")
+    pickles(folder, weights.relative_to(folder))
     sentence = "is not a whole file in safetensors format"
     program.refuses("classify", "in", *NAMES, "--model", "model", says=sentence)
 

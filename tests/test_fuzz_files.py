@@ -16,7 +16,7 @@ from odd_files import damaged
 
 from vermouth.app.files import inside
 from vermouth.backbone import FeatureSettings
-from vermouth.model import read_card, read_weights, write_model
+from vermouth.zoo.saving import read_card, read_state, write_model
 
 
 @often(
@@ -45,6 +45,10 @@ def test_damaged_weights_of_a_model_are_found(tmp_path):
     "Its card is read with a schema; what the schema allows is not sealed, so a change to a setting is not found."
     part, dice, cases = {"name": "toybox", "fingerprint": "0" * 16}, random.Random(5), 200
     card = {
+        "kind": "uhead",
+        "training": None,
+        "protocol": "ours",
+        "normalise": False,
         "backbone": part,
         "clip": part,
         "captioner": None,
@@ -58,13 +62,13 @@ def test_damaged_weights_of_a_model_are_found(tmp_path):
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4)}
     write_model(tmp_path, state, card)
     for i in range(cases):
-        path = tmp_path / ("vermouth.json", "model.safetensors")[i % 2]
+        path = (tmp_path / "vermouth.json", next(tmp_path.glob("model-*")))[i % 2]
         good = path.read_bytes()
         while (worse := damaged(good, dice)) == good:
             pass
         path.write_bytes(worse)
         card_read = attempt(read_card, tmp_path)
-        found = attempt(read_weights, tmp_path, state, card_read["weights"]) if card_read is not REFUSED else REFUSED
+        found = attempt(read_state, tmp_path, card_read) if card_read is not REFUSED else REFUSED
         assert found is REFUSED or i % 2 == 0 and all(torch.equal(found[k], state[k]) for k in state)
         path.write_bytes(good)
     COUNTS["fuzz cases"] += cases

@@ -7,6 +7,9 @@ import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT
+from page_runs import page_rows
+
+from vermouth.core import VermouthError
 
 DATA = os.environ.get("VERMOUTH_DATA")
 METHODS = {
@@ -18,25 +21,27 @@ METHODS = {
     "training-free, random weights",
     "expert only",
     "CLIP image tower",
+    "expert, trained bottleneck",
+    "CLIP image tower, trained bottleneck",
     "caption only",
     "raw pixels",
 }
 
 
-def run(page, folder, **parameters):
-    "Execute a page with parameters in `folder`; the rows it wrote."
+def papermill_rows(page, folder, **parameters):
+    "Execute a page with papermill in `folder`; the rows it wrote."
     source, output = ROOT / "nbs" / page, folder / "out.ipynb"
     papermill.execute_notebook(str(source), str(output), parameters=parameters, cwd=str(folder), progress_bar=False)
     return pd.read_csv(folder / "results" / f"{Path(page).stem}.csv")
 
 
 def test_sbir_writes_every_method_with_its_origin(tmp_path):
-    rows = run("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    rows = papermill_rows("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
     assert set(rows.method) == METHODS
     assert rows.value.between(0, 1).all() and (rows.n == 24).all()
     assert rows.versions.str.contains("torch=").all() and rows.device.notna().all() and (rows.seconds > 0).all()
     assert (tmp_path / "results" / "10_sbir.png").stat().st_size > 10_000
-    again = run("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    again = page_rows("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
     assert len(again) == 2 * len(rows), "a second run appends"
     assert again.value[len(rows) :].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
 
@@ -45,10 +50,10 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
 def test_sbir_reads_real_sketches(tmp_path):
     root = str(Path(DATA) / "sbir" / "Sketchy")
     few = {"shots": 1, "epochs": 1, "limit": 50, "uhead": "pico"}
-    rows = run("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
+    rows = page_rows("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
     assert set(rows.method) == METHODS and (rows.n == 50).all()
 
 
 def test_a_wrong_name_says_which_are_right(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="dataset='sketchi'.*Choose from"):
-        run("10_sbir.ipynb", tmp_path, dataset="sketchi")
+    with pytest.raises(VermouthError, match="dataset='sketchi'.*Choose from"):
+        page_rows("10_sbir.ipynb", tmp_path, dataset="sketchi")

@@ -54,7 +54,8 @@ def test_names_cannot_change_the_page(tmp_path):
     names = ["<script>alert(1)</script>.png", "\"' onerror='x", "$style ${cards} $$", "caf\udce9", "\x1b[31mred"]
     page = hits_page([Hit(name, 0.5) for name in names], tmp_path / "hits.html", query="$title <b>").read_text()
     assert "<script" not in page and " onerror='" not in page and "default-src 'none'" in page
-    assert "$style ${cards} $$" in page and "“$title &lt;b&gt;”" in page and "caf?" in page
+    assert "$style ${cards} $$" in page and "“$title &lt;b&gt;”" in page
+    assert r"caf\udce9" in page and r"\x1b[31mred" in page and "\x1b" not in page
 
 
 # The nearest of many

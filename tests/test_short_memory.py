@@ -26,10 +26,11 @@ def limit(monkeypatch, model, part, most):
     owner, name = PARTS[part](model)
     real = getattr(owner, name)
 
-    def limited(x, *args, **kwargs):
-        if len(x) > most:
+    def limited(*args, **kwargs):
+        batch = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return real(x, *args, **kwargs)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, limited)
 

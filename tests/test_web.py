@@ -79,7 +79,7 @@ def test_without_gradio_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(web, "find_spec", lambda name: None)
     refused = CliRunner().invoke(app, ["web", str(tmp_path)])
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert refused.stderr == 'web: gradio is not installed. Run pip install "vermouth[web]".\n'
+    assert refused.stderr == f"web: gradio is not installed. {web.INSTALL}\n"
 
 
 # The server
@@ -88,7 +88,7 @@ def test_without_gradio_a_sentence(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Toybox photos and their index."
-    pytest.importorskip("gradio", reason='the page needs gradio: pip install "vermouth[web]"')
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[web]'")
     folder = tmp_path_factory.mktemp("web")
     make_index(folder, 60)
     return folder

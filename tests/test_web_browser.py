@@ -18,12 +18,13 @@ SHOTS = os.environ.get("VERMOUTH_SHOTS")  # a folder for the pictures of the doc
 PIXELS = "document.querySelector('#draw canvas').toDataURL()"
 EMPTY = "#hits :text('the canvas is empty')"
 WAIT = 60_000  # ms
+TABS = [("Search", "#words"), ("Classify", "#classify-go"), ("Segment", "#segment-go"), ("Look inside", "#look-go")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Toybox photos and their index."
-    pytest.importorskip("gradio", reason='the page needs gradio: pip install "vermouth[web]"')
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[web]'")
     folder = tmp_path_factory.mktemp("web")
     make_index(folder, 200)
     return folder
@@ -206,6 +207,20 @@ def test_a_finger_draws_on_a_phone(browser, server, capsys):
     assert all(box["y"] + box["height"] <= 844 for box in boxes[:4]), "photos stand on the screen that is drawn on"
     assert all(box["x"] + box["width"] <= 390 for box in boxes)
     assert phone.locator("#words").bounding_box()["y"] > phone.locator("#hits figure").last.bounding_box()["y"]
+    context.close()
+
+
+def test_all_four_tabs_fit_a_phone(browser, server):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    phone = opened(context.new_page(), server)
+    for title, field in TABS:
+        tab = phone.get_by_role("tab", name=title)
+        if not tab.is_visible():
+            phone.locator(".overflow-menu button").first.tap()
+            tab = phone.locator(".overflow-dropdown button", has_text=title)
+        tab.tap()
+        phone.locator(field).wait_for(timeout=WAIT)
+        assert phone.evaluate("document.documentElement.scrollWidth") == 390, title
     context.close()
 
 

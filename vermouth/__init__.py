@@ -1,1 +1,7 @@
 __version__ = "0.2.0"
+
+import os as _os
+
+# Torch reads it when it is loaded. Its threads otherwise spin while they wait for each other, and beside other work a
+# training step takes ten times as long.
+_os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .backbone import Backbone
-from .core import VermouthError
+from .core import VermouthError, lock_of, printable
 from .hooks import STAGE_SETS
 from .images import ImageLike, Images, figure_image, image_tensor
 from .text import class_words
@@ -49,13 +49,13 @@ def grid(
         for ax, picture in zip(row, pictures):
             if isinstance(picture, tuple):
                 picture, title = picture
-                ax.set_title(title, fontsize=8, pad=3)
+                ax.set_title(printable(title, keep="\n"), fontsize=8, pad=3, parse_math=False)
             if picture is not None:
                 ax.imshow(picture, cmap="cividis", interpolation="nearest")
     for ax, title in zip(axs[0], top):
-        ax.set_title(title, fontsize=8, pad=3)
+        ax.set_title(printable(title, keep="\n"), fontsize=8, pad=3, parse_math=False)
     for ax, label in zip(axs[:, 0], left):
-        ax.set_ylabel(label, fontsize=8)
+        ax.set_ylabel(printable(label, keep="\n"), fontsize=8, parse_math=False)
     return fig
 
 # %% ../nbs/library/15_visualize.ipynb #68a02017
@@ -118,7 +118,8 @@ def _caption_words(
     prompt: str,                   # a caption
 ) -> list[tuple[str, list[int]]]:  # each word, and the channels of its tokens in an attention map
     "The words of a caption, without start, end and padding, and without words that were cut off."
-    encoding = backbone.tokenizer(prompt, truncation=True, max_length=backbone.tokens)
+    with lock_of(backbone.tokenizer):
+        encoding = backbone.tokenizer(prompt, truncation=True, max_length=backbone.tokens)
     channels: dict[int, list[int]] = {}
     for channel, word in enumerate(encoding.word_ids()):
         if word is not None:
@@ -218,8 +219,10 @@ def overlay(
     ax = fig.subplots()
     ax.imshow(tint(image, labels, colours, alpha), interpolation="nearest")
     ax.axis("off")
-    handles = [Patch(color=colours[k] / 255, label=words[k][0]) for k in order]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+    handles, labels_shown = [Patch(color=colours[k] / 255) for k in order], [printable(words[k][0]) for k in order]
+    legend = ax.legend(handles, labels_shown, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a class may be called $x$
     return figure_image(fig)
 
 # %% ../nbs/library/15_visualize.ipynb #b1e4d803
@@ -254,6 +257,7 @@ def scatter(
             ax.scatter(*points[(class_names == name) & (kind_names == kind)].T, marker=marker, **style)
         box = {"color": "white", "alpha": 0.6, "pad": 0.5}
         x, y = np.median(points[class_names == name], 0)
-        ax.text(x, y, name, fontsize=8, ha="center", weight="bold", bbox=box)
+        ax.text(x, y, printable(name), fontsize=8, ha="center", weight="bold", bbox=box, parse_math=False)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f"{title} ({', '.join(f'{m} {k}' for m, k in zip('●×▲', different))})", fontsize=9)
+    legend = ", ".join(f"{marker} {kind}" for marker, kind in zip("●×▲", different))
+    ax.set_title(printable(f"{title} ({legend})"), fontsize=9, parse_math=False)

@@ -3,11 +3,15 @@
 import asyncio
 import json
 import os
+import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from web_server import JSON, answer, ask, event, form, join, make_index, png, serving, still_searches
+from conftest import ROOT
+from web_server import JSON, answer, ask, event, form, join, make_index, png, serving, still_searches, uploaded
 
 from vermouth.app import middleware, web
 from vermouth.app.middleware import SMALL, UPLOAD, UPLOADS, Gate, make_space, own_names
@@ -161,7 +165,7 @@ def test_words_and_names_without_end_are_refused_at_once(toybox):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     "Its address."
-    pytest.importorskip("gradio", reason='the page needs gradio: pip install "vermouth[web]"')
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[web]'")
     folder = tmp_path_factory.mktemp("web")
     make_index(folder, 20)
     with serving(folder) as address:
@@ -215,15 +219,42 @@ def test_the_queue_is_bounded(server):
     assert statuses.count(200) < 160 and set(statuses) <= {200, 503}, statuses
     assert statuses.count(200) >= web.QUEUE
     deadline = time.monotonic() + 120
-    while join(server, "words", "a fish", 12)[1] != 200 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    still_searches(server)
+    while True:
+        try:
+            return still_searches(server)
+        except AssertionError:  # still full
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
 
 def test_rubbish_in_the_queue_ends_nothing(server):
     for body in (b"", b"{}", b"[1", b'{"data": 7, "fn_index": "x"}', json.dumps({"fn_index": -1}).encode()):
         assert ask(f"{server}/gradio_api/queue/join", body, **JSON)[0] in (400, 404, 411, 422, 500), body
     still_searches(server)
+
+
+def test_no_answer_tells_where_files_lie(server):
+    "But that to an upload, whose path the page sends back."
+    photo = uploaded(server, png(8, 8))
+    sent = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
+    addresses = ("", "config", "theme.css", "no/such/page", *(f"gradio_api/{p}" for p in ("info", "file=", "app_id")))
+    answers = [ask(f"{server}/{address}")[1] for address in addresses]
+    for body in (b"{}", b"[1"):
+        answers += [ask(f"{server}/gradio_api/{route}", body, **JSON)[1] for route in ("queue/join", "run/x", "upload")]
+    messages = [event(server, "drop", photo, 3), event(server, "drop", sent, 3), event(server, "words", "猫", 3)]
+    text = b"\n".join(answers).decode(errors="replace") + json.dumps(messages)
+    places = (photo["path"], tempfile.gettempdir() + "/", sys.prefix, str(ROOT), str(Path.home()) + "/")
+    assert not [place for place in places if place in text]
+
+
+def test_a_flood_of_uploads_is_refused_for_a_minute(tmp_path):
+    "30 of 10 MB: 25 fill the folder, and the others wait, so that nobody's photo goes before it was looked at."
+    gate = Gate(generous, tmp_path, own_names("127.0.0.1"))
+    body = {"content-length": str(UPLOAD)}
+    statuses = [through(gate, "POST", "/gradio_api/upload", body)[0]["status"] for _ in range(30)]
+    assert statuses == [200] * 25 + [429] * 5
+    assert through(gate, "POST", "/gradio_api/queue/join", body)[0]["status"] == 429
+    assert through(gate)[0]["status"] == 200, "the page itself is shown"
 
 
 def test_own_names_are_those_of_the_loopback():

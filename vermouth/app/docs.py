@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import NamedTuple
 
-from ..core import VermouthError
+from ..core import VermouthError, printable, write_atomic
+from ..experiments.tables import unescape_formula
 
 # %% ../../nbs/app/09_docs.ipynb #79634c6a
 _LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|[#/])([^)\"\s]+)")
@@ -100,7 +101,7 @@ def write_readme(
 ) -> Path:                                     # the file written
     "Write README.md from the front page."
     readme = Path(readme)
-    readme.write_text(readme_text(notebook, readme.resolve().parent), encoding="utf-8")
+    write_atomic(readme, readme_text(notebook, readme.resolve().parent).encode())
     return readme
 
 # %% ../../nbs/app/09_docs.ipynb #5f1d290b
@@ -109,10 +110,10 @@ def _markdown_table(
     rows: Iterable[Iterable[str]],
     align: str = "---:",  # of all columns but the first
 ) -> str:
-    "A Markdown table; a bar inside a cell is escaped."
+    "A Markdown table; a bar and control characters inside a cell are escaped."
     headers = list(headers)
     lines = [headers, ["---", *[align] * (len(headers) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(printable(cell).replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 # %% ../../nbs/app/09_docs.ipynb #d0302cd3
 def results_table(
@@ -130,13 +131,14 @@ def results_table(
         for row in csv.DictReader(f):
             words = row.get("setting", "").split()
             row = dict(word.split("=", 1) for word in words if "=" in word) | row
+            row = {name: unescape_formula(cell) for name, cell in row.items()}
             if all(row.get(name) == value for name, value in only.items()):
                 newest[row[rows], row[columns], row.get("seed")] = float(row["value"])
     if not newest:
         raise VermouthError(
             f"only={only!r}: no row of {Path(path).name} has these values. Choose values that stand in the file."
         )
-    cells = {}
+    cells: dict[str, dict[str, list[float]]] = {}
     for (name, header, _), value in newest.items():
         cells.setdefault(name, {}).setdefault(header, []).append(value)
     headers = list(dict.fromkeys(header for _, header, _ in newest))
@@ -191,14 +193,15 @@ def _parse(
 # %% ../../nbs/app/09_docs.ipynb #64cde949
 def _public(tree: ast.Module) -> dict[str, ast.stmt]:
     "The names in a module's `__all__` → where each is defined or imported."
-    nodes, names = {}, []
+    nodes: dict[str, ast.stmt] = {}
+    names: list[str] = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
             aliases = getattr(node, "names", [])
-            nodes |= {getattr(node, "name", None): node} | {alias.asname or alias.name: node for alias in aliases}
+            nodes |= {getattr(node, "name", ""): node} | {alias.asname or alias.name: node for alias in aliases}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             nodes |= {n.id: node for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            names = ast.literal_eval(node.value) if node is nodes.get("__all__") else names
+            names = ast.literal_eval(node.value or "") if node is nodes.get("__all__") else names
     return {name: nodes[name] for name in names}
 
 # %% ../../nbs/app/09_docs.ipynb #bce4b5d7
@@ -211,7 +214,7 @@ def _first_line(
         return (ast.get_docstring(node) or "").partition("\n")[0]
     above, first = lines[node.lineno - 2], lines[node.lineno - 1]
     comment = above[1:] if re.match(r"# (?!%%)", above) else first.partition("  # ")[2]
-    value = ast.unparse(node.value)
+    value = ast.unparse(node.value) if isinstance(node, ast.Assign | ast.AnnAssign) and node.value else ""
     return comment.strip() or f"`{value if len(value) <= 60 else value[:57] + '…'}`"
 
 # %% ../../nbs/app/09_docs.ipynb #e0bfa397
@@ -226,13 +229,13 @@ def _methods(
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
         and any(ast.unparse(d).startswith("patch") for d in node.decorator_list)
-        and ast.unparse(node.args.args[0].annotation) == name
+        and ast.unparse(node.args.args[0].annotation or node) == name
     ]
     methods = [node for node in [*body, *patched] if isinstance(node, ast.FunctionDef)]
     return {node.name: node for node in methods if not node.name.startswith("_")}
 
 # %% ../../nbs/app/09_docs.ipynb #c333c7e1
-_FOLDERS = ("library", "storage", "data", "tasks", "experiments", "app", "pretrain")  # in reading order
+_FOLDERS = ("library", "zoo", "data", "tasks", "experiments", "app", "pretrain")  # in reading order
 
 # %% ../../nbs/app/09_docs.ipynb #9caa5c1c
 def _module_of(
@@ -258,7 +261,7 @@ def api_tables(
             for method, inner in _methods(tree, name).items() if isinstance(node, ast.ClassDef) else ():
                 rows.append([f"`{name}.{method}`", _first_line(inner, lines)])
         if rows:
-            blocks += [f"## [{module}]({page})", ast.get_docstring(tree)]
+            blocks += [f"## [{module}]({page})", ast.get_docstring(tree) or ""]
             blocks.append(_markdown_table(["name", "what it is for"], rows, "---"))
     return "\n\n".join(blocks)
 
@@ -269,7 +272,7 @@ def _references(
 ) -> Counter:          # dotted name → how often it is referred to; 0 where it is only imported
     "The package's top-level names that code refers to."
     names = {node.name: f"{module}.{node.name}" for node in tree.body if module and hasattr(node, "name")}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
@@ -296,15 +299,15 @@ class _Figure(NamedTuple):
 def _name_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
     "Public names: how many, how many of them unused, without a docstring, or public twice."
     public = {f"{module}.{name}": node for module, tree in trees.items() for name, node in _public(tree).items()}
-    users = {module: _references(tree, module) for module, tree in trees.items()}
+    users: dict[str, Iterable[str]] = {module: _references(tree, module) for module, tree in trees.items()}
     for page, cells in code.pages.items():
         names = _references(_parse([*cells, *code.prose[page]]))
         users[page] = {name for name in names if name.rpartition(".")[0] != _module_of(cells)}
     used = {name for user, names in users.items() for name in names if name.rpartition(".")[0] != user}
-    defined = [n for n, node in public.items() if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    defined = {n: node for n, node in public.items() if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     counts = Counter(n.rpartition(".")[2] for n, node in public.items() if not isinstance(node, ast.ImportFrom))
     unused, twice = [n for n in public if n not in used], [n for n, count in counts.items() if count > 1]
-    bare = [n for n in defined if not ast.get_docstring(public[n])]
+    bare = [n for n, node in defined.items() if not ast.get_docstring(node)]
     return [
         _Figure("names in `__all__`", len(public), "at most 260", list(public)),
         _Figure("… used by no other module or page", len(unused), "few", unused),
@@ -335,7 +338,7 @@ def _code_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
         for m, node in nodes
         if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise) and node.body[0].lineno == node.lineno
     ]
-    hints = [(m, node.annotation) for m, node in nodes if getattr(node, "annotation", None)]
+    hints = [(m, hint) for m, node in nodes if (hint := getattr(node, "annotation", None))]
     untyped = [f"{m}:{hint.lineno}" for m, hint in hints if isinstance(hint, ast.Name) and hint.id == "Any"]
     counts = sum((_references(tree, module) for module, tree in trees.items()), Counter())
     definitions = [(m, node) for m, tree in trees.items() for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -358,7 +361,7 @@ def _page_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
     sizes = [len(cell.splitlines()) for _, cell in exported]
     long = [f"{page}: {cell.splitlines()[1]}" for page, cell in exported if len(cell.splitlines()) > 40]
     tests = {name: len(text.splitlines()) for name, text in code.tests.items()}
-    longest = max(tests, key=tests.get)
+    longest = max(tests, key=lambda name: tests[name])
     hidden, long_tests = [p for p in pages if p not in shown], [name for name, size in tests.items() if size > 300]
     return [
         _Figure("pages whose site shows code", f"{len(shown)} of {len(pages)}", "all that teach", hidden),

@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/app/04_middleware.ipynb #38153755
 import os
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -118,13 +120,32 @@ async def _refuse(send: Send, status: int, sentence: str) -> None:
     await _send_closed(send, {"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": sentence.encode()})
 
+# %% ../../nbs/app/04_middleware.ipynb #e31f8eeb
+class Minute:
+    "Counts the bytes that have come in the last minute."
+
+    def __init__(self) -> None:
+        self.came: deque[tuple[float, int]] = deque()  # when, and how many
+        self.total = 0
+
+    def takes(self, length: int) -> bool:
+        "Return whether so many more make at most `UPLOADS`, and count them if they do."
+        now = time.monotonic()
+        while self.came and self.came[0][0] < now - 60:
+            self.total -= self.came.popleft()[1]
+        if self.total + length > UPLOADS:
+            return False
+        self.came.append((now, length))
+        self.total += length
+        return True
+
 # %% ../../nbs/app/04_middleware.ipynb #6626f199
 class Gate:
     "A web application (ASGI) behind `refusal`, `foreign` and `make_space`."
 
     def __init__(self, app: Callable[..., Awaitable[None]], folder: str | Path, hosts: Sequence[str]):
         self.app, self.folder, self.hosts = app, folder, hosts  # folder and hosts as for `refusal`
-        self.arriving = 0                                       # bytes of requests that are being read
+        self.arriving, self.minute = 0, Minute()                # bytes being read; what came in a minute
 
     def refusal(self, method: str, path: str, headers: Mapping[str, str], length: int | None) -> tuple[int, str] | None:
         "Return why a request is refused, if it is."
@@ -136,6 +157,8 @@ class Gate:
             return 403, "origin: another page has made this request. Open this page itself."
         if reason is None and self.arriving + (length or 0) > UPLOADS:
             return 503, "body: others are being read. Send it again in a minute."
+        if reason is None and length and not self.minute.takes(max(length, SMALL * path.endswith("/upload"))):
+            return 429, "body: too much has come within a minute. Send it again in a minute."
         return reason
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Send) -> None:

@@ -13,7 +13,6 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,20 @@ import papermill
 import yaml
 from papermill.iorw import load_notebook_node
 
-from vermouth.core import VermouthError, choose, write_atomic
-from vermouth.experiments.tables import measured_rows
+import vermouth
+from vermouth.core import VermouthError, choose, printable, write_atomic
+from vermouth.data.items import decoded
+from vermouth.experiments.tables import escape_formula, measured_rows
 
 # %% ../../nbs/app/07_run.ipynb #eb4859a1
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
+
+# %% ../../nbs/app/07_run.ipynb #a5e311d6
+def _plain_yaml(text: str) -> Any:
+    "Return what YAML says. Raises what it raises, and ValueError for a value that stands elsewhere, as *x does."
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ValueError("it refers to values elsewhere, with *")
+    return yaml.safe_load(text)
 
 # %% ../../nbs/app/07_run.ipynb #9ad6806d
 def parse_value(
@@ -43,7 +51,7 @@ def parse_value(
     if not text.startswith(("[", "{")):
         return text
     try:
-        return yaml.safe_load(text)
+        return _plain_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise VermouthError(
             f"value={text!r}: starts like a list or a mapping, but is none. Write it as in '[200, 400]', in quotes."
@@ -55,11 +63,11 @@ def read_parameters(
     file: str | Path | None = None,         # a YAML file of names and values
 ) -> dict[str, Any]:                        # values by name
     "Parameters from a file and from a command line. Raises VermouthError for a file or value that cannot be read."
-    values = {}
+    values: dict[str, Any] = {}
     if file is not None:
         remedy = "Give a YAML file with a line 'name: value' for each parameter."
         try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            values = _plain_yaml(decoded(Path(file).read_bytes())) or {}
         except OSError as e:
             raise VermouthError(f"file={str(file)!r}: cannot be read ({e.strerror}). {remedy}") from e
         except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -84,7 +92,7 @@ def results_pages(
 ) -> list[Path]:                       # numbered 10 and up, in order
     "The pages that `all` stands for. Raises VermouthError if there are none."
     if folder is None:
-        clone = _clone_around(Path.cwd()) or _clone_around(Path(find_spec("vermouth").origin).parents[1])
+        clone = _clone_around(Path.cwd()) or _clone_around(Path(vermouth.__file__).parents[1])
         if clone is None:
             raise VermouthError(
                 "notebooks: no clone of the repository around this folder, and an installed package has no notebooks. "
@@ -156,7 +164,7 @@ def _fingerprint(
     "A digest of what decides a page's outcome: code, parameters, library, and the tables of others if it reads them."
     code = [c.source for c in load_notebook_node(str(page)).cells if c.cell_type == "code"]
     text, digest = "\n".join(code), hashlib.sha256(json.dumps([code, parameters], sort_keys=True, default=str).encode())
-    for module in sorted(Path(find_spec("vermouth").origin).parent.rglob("*.py")):
+    for module in sorted(Path(vermouth.__file__).parent.rglob("*.py")):
         if module.parent.name != "app" or f"vermouth.app.{module.stem} " in text:
             digest.update(module.read_bytes())
     if "measured_rows" in text:
@@ -185,8 +193,8 @@ def _execute(
     "Execute a page; the error in one sentence, empty if there was none."
     logging.getLogger("papermill").setLevel(logging.ERROR)  # or it warns of parameters that its parser loses
     options = {
-        "progress_bar": {"leave": False, "desc": page.stem} if progress else False,
-        "extra_arguments": ["--log-level=ERROR"],  # or each kernel warns that it listens on the loopback
+        "progress_bar": {"leave": False, "desc": printable(page.stem)} if progress else False,
+        "extra_arguments": ["--log-level=CRITICAL"],  # or each kernel tells of the loopback, and of an interruption
         "start_timeout": 600,
         "iopub_timeout": 600,  # on a busy machine a page's error may come seconds after its end, and must not be missed
     }
@@ -272,5 +280,6 @@ def gather(
     table = measured_rows(results)
     table = table[["page", *(column for column in table.columns if column != "page")]]
     if len(table):
-        write_atomic(path, table.to_csv(index=False).encode())
+        text = table.map(escape_formula).to_csv(index=False, lineterminator="\r\n")  # which quotes both in cells
+        write_atomic(path, text.encode())
     return table

@@ -6,7 +6,6 @@
 __all__ = ['make_page', 'serve']
 
 # %% ../../nbs/app/06_web.ipynb #44b9adac
-import io
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .answers import check_names
 from .drawing import centred, from_canvas, static_text
 from .files import thumbnail
 from .index import Index, same_model
@@ -30,7 +30,6 @@ from .search import Hit, as_caption, card, data_uri, escaped
 from ..core import VermouthError
 from ..images import figure_image, read_image
 from ..model import Vermouth
-from ..text import text_embeddings
 from ..visualize import features_over_blocks, features_over_time, grid, overlay
 
 # %% ../../nbs/app/06_web.ipynb #44c1733b
@@ -48,11 +47,12 @@ def received(
     "Return what a browser sent. Raises VermouthError, which does not tell where the file lies, if it is no image."
     if not source:
         raise VermouthError("image: none is there. Drop one first.")
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        image = read_image(file)
+        image = read_image(source if isinstance(source, bytes) else Path(source).read_bytes())
+    except OSError as e:
+        raise VermouthError("image: it is no longer here. Drop it again.") from e
     except VermouthError as e:
-        raise VermouthError(str(e).replace(f"image={str(file)!r}:", "image:")) from e
+        raise VermouthError(str(e).replace("images:", "image:", 1)) from e
     image.thumbnail((SIDE, SIDE))
     return image
 
@@ -83,15 +83,26 @@ def typed_names(
 def _cards(hits: Sequence[Hit]) -> str:
     return f'<main class="hits">{"".join(card(hit, rank) for rank, hit in enumerate(hits, 1))}</main>'
 
+# %% ../../nbs/app/06_web.ipynb #048b4641
+def _warn(note: str) -> None:
+    "Show on the page why a model does not fit the images."
+    if note:
+        warnings.warn(note, stacklevel=3)
+
+# %% ../../nbs/app/06_web.ipynb #993055a3
+def _fitting(index: Index) -> Index:  # the same
+    _warn(index.misfit)
+    return index
+
 # %% ../../nbs/app/06_web.ipynb #03391535
 def by_drawing(index: Index, model: Vermouth, sent: Any, k: int = 12) -> str:
     "Return photos for a drawing, as HTML."
-    return _cards(index.search(drawn(sent), model, k))
+    return _cards(_fitting(index).search(drawn(sent), model, k))
 
 # %% ../../nbs/app/06_web.ipynb #7a634222
 def by_photo(index: Index, model: Vermouth, source: str | Path | bytes | None, k: int = 12) -> str:
     "Return photos for a photo, as HTML."
-    return _cards(index.search(received(source), model, k))
+    return _cards(_fitting(index).search(received(source), model, k))
 
 # %% ../../nbs/app/06_web.ipynb #b571c5c4
 def by_words(index: Index, model: Vermouth, words: str | None, k: int = 12) -> str:
@@ -101,18 +112,23 @@ def by_words(index: Index, model: Vermouth, words: str | None, k: int = 12) -> s
         raise VermouthError("words: none. Type some, as in: a red car.")
     if len(words) > WORDS:
         raise VermouthError(f"words: {len(words):,} characters, more than {WORDS}. Type fewer.")
-    return _cards(index.nearest(text_embeddings(as_caption(words), model.clip).cpu().numpy(), k))
+    vector = model.embed_text(as_caption(words)).float().cpu().numpy()  # never a path on this machine
+    return _cards(_fitting(index).nearest(vector, k))
 
 # %% ../../nbs/app/06_web.ipynb #4b3604dd
 def by_names(model: Vermouth, source: Any, names: str) -> dict[str, float]:  # name → probability
     "Return which of the typed names fits an image."
     image, class_names = received(source), typed_names(names)
+    check_names(model, class_names)
+    _warn(model.misfit([image]))
     return dict(zip(class_names, model.classify(image, class_names)[0].tolist()))
 
 # %% ../../nbs/app/06_web.ipynb #a8594047
 def cut_out(model: Vermouth, source: Any, names: str) -> Image.Image:
     "Return an image in the colours of its classes, with a legend."
     image, class_names = received(source), typed_names(names)
+    check_names(model, class_names)
+    _warn(model.misfit([image]))
     return overlay(image, model.segment(image, class_names), class_names)
 
 # %% ../../nbs/app/06_web.ipynb #07a96a07
@@ -127,6 +143,8 @@ def maps(
 ) -> Image.Image:
     "Return principal colours of an image's feature maps: every block at one time step, one level over time."
     image = received(source)
+    if not hasattr(model, "prompts"):
+        raise VermouthError(f"model: {model.name} has no trained U-head to look inside of. Use one that was trained.")
     prompts = model.prompts([image])
     blocks = features_over_blocks(model.backbone, [image], prompts, timestep, model.size)
     times = features_over_time(model.backbone, [image], prompts, TIMESTEPS, level, model.size)[0]
@@ -135,10 +153,14 @@ def maps(
     return figure_image(grid(rows, left=(f"t={timestep}", f"t={timestep}", f"level {level}"), side=1.1))
 
 # %% ../../nbs/app/06_web.ipynb #3d2f7099
+# by the name alone pip would install somebody else's package
+INSTALL = "In the checkout run: pip install -e '.[web]'; elsewhere give pip the wheel's file name with [web] behind it."
+
+# %% ../../nbs/app/06_web.ipynb #a5775d6a
 def need_gradio() -> None:
     "Raises VermouthError where gradio is not installed."
     if find_spec("gradio") is None:
-        raise VermouthError('web: gradio is not installed. Run pip install "vermouth[web]".')
+        raise VermouthError(f"web: gradio is not installed. {INSTALL}")
 
 # %% ../../nbs/app/06_web.ipynb #45b6986c
 def photo_field(**options: Any) -> "ImageField":  # its value is a file
@@ -308,7 +330,7 @@ def guarded_app(
         max_file_size=UPLOAD,
     )
     if not hasattr(page, "has_launched"):
-        raise VermouthError('web: a gradio of another kind is installed. Run pip install "vermouth[web]".')
+        raise VermouthError(f"web: a gradio of another kind is installed. {INSTALL}")
     page.has_launched = True  # only then does it refuse a file of this machine that nobody has uploaded
     return Gate(app, folder, hosts)
 

@@ -1,0 +1,42 @@
+"A results page in this process: what papermill does in a new one, without the seconds that loading torch takes there."
+
+import os
+import warnings
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from conftest import ROOT
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+
+def run_page(page, folder, **parameters):
+    "Execute a page with parameters in a folder, and return its cells with their outputs. Raises what a cell raises."
+    notebook = load_notebook_node(str(ROOT / "nbs" / page))
+    notebook = parameterize_notebook(notebook, parameters, "parameters") if parameters else notebook
+    nbformat.write(notebook, Path(folder) / "out.ipynb")
+    cells, before = read_nb(Path(folder) / "out.ipynb"), os.getcwd()
+    os.chdir(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CaptureShell(Path(folder)).run_all(cells, exc_stop=True)
+    finally:
+        os.chdir(before)
+    return cells.cells
+
+
+def page_rows(page, folder, **parameters):
+    "Execute a page with parameters in a folder, and return the rows that it wrote."
+    run_page(page, folder, **parameters)
+    return pd.read_csv(Path(folder) / "results" / f"{Path(page).stem}.csv")
+
+
+def page_text(cells):
+    "What a page has printed and shown."
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    texts = [o.get("text", "") for o in outputs] + [o.get("data", {}).get("text/html", "") for o in outputs]
+    return "\n".join(text if isinstance(text, str) else "".join(text) for text in texts)

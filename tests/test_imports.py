@@ -1,0 +1,48 @@
+"Every module imports alone, and the package quickly."
+
+import subprocess
+import sys
+
+from conftest import ROOT
+from house import MODULES, imports
+
+IMPORT_ALONE = """
+import importlib, os, sys, traceback
+others, modules = (line.split() for line in sys.stdin.read().splitlines())
+for name in others:  # what every module waits for: loaded once, before the process splits
+    above, _, last = name.rpartition(".")
+    try:
+        getattr(importlib.import_module(above), last) if above else importlib.import_module(name)
+    except AttributeError:
+        importlib.import_module(name)
+assert not [name for name in sys.modules if name.startswith("vermouth.")]
+for module in modules:
+    pid = os.fork()
+    if not pid:
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        print(module)
+"""
+
+
+def test_every_module_imports_alone():
+    "Each in a process of its own, in which no other module of ours was loaded before."
+    ours = {"vermouth", "gradio", "fastapi", "uvicorn", "ray", "pillow_heif"}
+    others = {i for m in MODULES for i in imports(m) if i.split(".")[0] not in ours}
+    sources = " ".join(sorted(others)) + "\n" + " ".join(MODULES)
+    run = subprocess.run([sys.executable, "-c", IMPORT_ALONE], input=sources, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stdout, run.stdout + run.stderr[-3000:]
+
+
+def test_importing_the_package_is_quick():
+    code = "import time; t = time.perf_counter(); import vermouth; print(time.perf_counter() - t)"
+    best = min(
+        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert best < 0.3, f"import vermouth takes {best:.2f} s"
