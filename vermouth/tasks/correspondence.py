@@ -105,7 +105,7 @@ def expert_reader(
     "Return a reader of a discriminative network's maps."
 
     def read(images: Sequence[Image.Image]) -> Tensor:
-        maps = expert(image_batch(images, size))
+        maps = expert(image_batch(images, size), value_range=(-1, 1))
         return join_levels([maps[level] for level in levels] if levels else maps)
 
     return read

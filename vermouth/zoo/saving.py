@@ -81,7 +81,7 @@ def folder_error(folder: Path, reason: str) -> VermouthError:
 # %% ../../nbs/zoo/00_saving.ipynb #aba94daa
 def _card_error(card: dict[str, Any]) -> str:  # empty for a good card
     "The first way in which a card does not fit its schema."
-    if not isinstance(card, dict) or card.get("kind") not in SCHEMAS:
+    if not isinstance(card, dict) or card.get("kind") not in [*SCHEMAS]:  # it may be a list, which has no hash
         return "kind is missing or unknown" if isinstance(card, dict) else "it is not of type dict"
     return schema_error(card, SCHEMAS[card["kind"]])
 
