@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from contextlib import suppress
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = Counter()  # what the tests of bad input have tried; printed at the end
+
+# A shell that starts the tests in the background makes them ignore Ctrl-C, which many of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -247,7 +247,7 @@ def lock_of(
 class _User:
     "Lives as long as a user of shared state."
 
-
+# %% ../nbs/library/00_core.ipynb #903af60f
 @contextmanager
 def shared_change(
     what: Any,                       # names the state that is changed

@@ -484,7 +484,7 @@ def _resized_image(
         return resize(_to_floats(im), size)
     return _resize_strips(im, size, _to_floats, transforms.InterpolationMode.BILINEAR)
 
-
+# %% ../nbs/library/01_images.ipynb #3266cd77
 def bicubic_image(
     im: Image.Image,              # RGB
     size: int | tuple[int, int],  # as for `resize`

@@ -167,7 +167,7 @@ def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     "At most so many, from the first to the last."
     return items[:: max(1, -(-len(items) // count))]
 
-
+# %% ../../nbs/app/10_check.ipynb #dacf6bf2
 def _warn_of_unreadable(items: Sequence[Any]) -> None:  # with `image`
     "Warn of images that cannot be read. Raises VermouthError if none can."
     wrong = []

@@ -149,7 +149,7 @@ def _read_or_reason(folder: str | Path, path: str) -> tuple[bytes, str | None, s
     except VermouthError as e:
         return b"", None, str(e)
 
-
+# %% ../../nbs/app/00_files.ipynb #c5e04211
 def _decode_or_reason(data: bytes) -> Image.Image | str:
     "Return the image, or why there is none."
     try:
@@ -262,7 +262,7 @@ def _next_header(file: BinaryIO, start: int) -> int | None:  # bytes from the be
         start += 512
     return None
 
-
+# %% ../../nbs/app/00_files.ipynb #c01ec6c2
 def _tar_members(file: BinaryIO) -> list[tarfile.TarInfo]:
     "Return the entries of a tar file, also of those behind one that claims a wrong size. Raises TarError for none."
     members: list[tarfile.TarInfo] = []

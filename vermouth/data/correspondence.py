@@ -73,7 +73,7 @@ def _numbers(row: dict[str, str], x: str, y: str) -> np.ndarray:  # (N,2)
     columns = [[float(v) for v in row[key].split(";") if v.strip()] for key in (x, y)]
     return np.array(list(zip(*columns, strict=True)), np.float32).reshape(-1, 2)
 
-
+# %% ../../nbs/data/09_correspondence.ipynb #1f6738b7
 def _find_image(root: Path, name: str) -> Path:
     "An image by its path below root, or by the end of it: lists keep folders that an archive may lack."
     parts = Path(name.replace("\\", "/")).parts

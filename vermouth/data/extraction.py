@@ -41,7 +41,7 @@ def image_of(
     "Return the image of an item."
     return item if isinstance(item, (str, os.PathLike)) else getattr(item, "image", item)
 
-
+# %% ../../nbs/data/08_extraction.ipynb #62516d6d
 def in_chunks(
     items: Sequence[Any],
     prompts: Sequence[str],             # one per item
@@ -85,7 +85,7 @@ def has_file(item: Any) -> bool:
     "Return True for an item whose image is the bytes of a file."
     return isinstance(getattr(item, "source", item), (str, os.PathLike)) or hasattr(item, "read_bytes")
 
-
+# %% ../../nbs/data/08_extraction.ipynb #2e76a00d
 @contextmanager
 def file_of(item: Any) -> Iterator[bytes]:
     "Give the bytes of an item's file. Raises VermouthError and OSError."
@@ -96,7 +96,7 @@ def file_of(item: Any) -> Iterator[bytes]:
     else:
         yield item.read_bytes()
 
-
+# %% ../../nbs/data/08_extraction.ipynb #c260f6a6
 def content_digest(content: Any) -> str:  # 16 hexadecimal digits
     "Return the sha256 of a file's bytes, or of the pixels of an image."
     if isinstance(content, bytes):
@@ -104,7 +104,7 @@ def content_digest(content: Any) -> str:  # 16 hexadecimal digits
     pixels = content.detach().cpu().float().numpy() if isinstance(content, Tensor) else np.asarray(content)
     return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
 
-
+# %% ../../nbs/data/08_extraction.ipynb #d892fce0
 def image_digest(item: Any) -> str:  # 16 hexadecimal digits, or "unreadable"
     "Return the digest of an item's file, or of its pixels where there is no file."
     try:

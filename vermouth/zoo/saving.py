@@ -92,7 +92,7 @@ def pickles_note(folder: Path) -> str:  # for after "is missing"; empty if there
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in suffixes)
     return f" ({pickles[0]} is there, but pickled weights are not read)" if pickles else ""
 
-
+# %% ../../nbs/zoo/00_saving.ipynb #b82f2818
 def _read_file(folder: Path, name: str) -> bytes:
     "One of the two files. Raises VermouthError if it is missing."
     try:
