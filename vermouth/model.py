@@ -125,6 +125,7 @@ class Vermouth(nn.Module, HubModel):
     expert: Expert | None
     training_card: dict[str, Any] | None = None  # what `vermouth train` has measured
     fit: Fit | None = None                       # statistics of the pictures that it knows
+    source: str = ""                             # where it lies; nothing for a model that was not loaded
     if TYPE_CHECKING:  # methods are patched on below
         build: ClassVar[Callable[..., "Vermouth"]]
         load: ClassVar[Callable[..., "Vermouth"]]
@@ -145,15 +146,14 @@ class Vermouth(nn.Module, HubModel):
     ):
         super().__init__()
         self.settings, self.prompt, self.size, self.normalise = settings, prompt, size, normalise
-        self.protocol = uhead.protocol
-        self.adapters, self.dims = _adapters_for(backbone, settings, expert, self.protocol, normalise)
+        self.adapters, self.dims = _adapters_for(backbone, settings, expert, uhead.protocol, normalise)
         _check_parts(uhead, self.dims, clip, captioner, prompt)
         expert = expert and expert.to(backbone.device)
         frozen = {"backbone": backbone, "clip": clip, "captioner": captioner, "expert": expert}
         self.__dict__ |= frozen  # past nn.Module, which would train and save them
         if expert and not expert.frozen:  # a submodule: trained, and saved
             self.tuned = expert
-        self.uhead, self.heads = uhead, nn.ModuleDict()
+        self.uhead, self.heads, self.protocol = uhead, nn.ModuleDict(), uhead.protocol
         self.to(backbone.device)
 
 # %% ../nbs/library/11_model.ipynb #c52e402b
@@ -642,6 +642,7 @@ def load(
     "A saved model with its frozen parts. Raises VermouthError for other parts than those it was trained on."
     for source in allow:
         choose("allow", source, ("folder", "hub"))
+    lies = "toybox" if folder == "toybox" else str(Path(folder).absolute())
     folder = _shipped() if folder == "toybox" else Path(folder)
     card = read_card(folder)
     if card["kind"] != "uhead":
@@ -659,7 +660,9 @@ def load(
     if card["expert"]:
         mode = {"frozen": card["expert"]["frozen"], "protocol": card["protocol"]}
         expert = _check_part("expert", expert or load_expert(names["expert"], device=device, **mode), card, folder)
-    return _with_heads(card, folder, backbone, clip, captioner, expert if card["expert"] else None)
+    model = _with_heads(card, folder, backbone, clip, captioner, expert if card["expert"] else None)
+    model.source = lies  # an index that it makes finds it there again
+    return model
 
 # %% ../nbs/library/11_model.ipynb #c5b4d202
 def _clip_here(
