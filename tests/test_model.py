@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -259,3 +260,19 @@ def test_push_to_hub_writes_a_page_and_from_pretrained_reads_it(model, parts, tm
     assert 'open_model("me/mine")' in page.replace("'", '"')
     again = Vermouth.from_pretrained(tmp_path / "hub", device="cpu", **parts)
     assert torch.equal(again.embed(photos()), model.embed(photos()))
+
+
+def test_threads_agree_where_the_caller_has_lowered_the_precision(toybox):
+    "The flags belong to the process: a part that ran outside of `frozen` would depend on what other threads do."
+    photos = [item.image for item in Toybox("photo", n=6, seed=5)]
+    before = torch.get_float32_matmul_precision()
+    expected = [toybox.classify(photo, ["cat", "duck"], [""]) for photo in photos]
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda photo: toybox.classify(photo, ["cat", "duck"], [""]), photos))
+        alone = [toybox.classify(photo, ["cat", "duck"], [""]) for photo in photos]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for one, other, third in zip(expected, found, alone):
+        assert torch.equal(one, other) and torch.equal(one, third)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # %% ../nbs/library/11_model.ipynb #38fde3a5
 from . import core
 from .backbone import Backbone, FeatureSettings, load_backbone, prompt_list
-from .core import VermouthError, check_finite, choose, evaluating, in_batches
+from .core import VermouthError, check_finite, choose, evaluating, frozen, in_batches
 from .expert import Adapters, Expert, load_expert
 from .hooks import place_names
 from .images import ImageLike, Images, ValueRange, image_batch, image_list, image_tensor, is_single, resize
@@ -274,7 +274,7 @@ def embed(
     def run(part: slice) -> list[Tensor]:
         return [self(self.read(pixels[part], texts[part], batch_size, (-1, 1)))]
 
-    with evaluating(self):
+    with evaluating(self), frozen(self.backbone.device):  # the head, too: threads share the precision that is set
         vectors = in_batches(run, len(pixels), batch_size)[0]
     check_finite(vectors, f"backbone={self.backbone.name!r} with its head: the embeddings")
     return F.normalize(vectors, dim=-1)
@@ -320,7 +320,8 @@ def classify(
 ) -> Tensor:                               # (B,K) probabilities
     "Which of the names fits, by cosine with their CLIP embeddings. Raises VermouthError for empty or repeated names."
     classes = class_embeddings(_names(self, names), self.clip).to(self.backbone.device)
-    return class_logits(self.embed(images, prompts, batch_size, value_range), classes).softmax(-1)
+    with frozen(self.backbone.device):
+        return class_logits(self.embed(images, prompts, batch_size, value_range), classes).softmax(-1)
 
 # %% ../nbs/library/11_model.ipynb #d6364981
 @patch
@@ -362,7 +363,8 @@ def pixel_vectors(
     def run(part: slice) -> list[Tensor]:
         return [self.segmentation_head(self.joined(self.read(images[part], prompts[part], batch_size, value_range)))]
 
-    vectors = in_batches(run, len(images), batch_size)[0]
+    with frozen(self.backbone.device):
+        vectors = in_batches(run, len(images), batch_size)[0]
     check_finite(vectors, f"backbone={self.backbone.name!r} with its head: the vectors of pixels")
     return vectors
 
