@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
+# %% ../nbs/library/08_text.ipynb #fff56dba
 from vermouth.checkpoint import (
     check_counts,
     check_sources,
@@ -43,7 +44,17 @@ from vermouth.checkpoint import (
     weight_files,
     without_kernels,
 )
-from .core import VermouthError, check_finite, choose, in_batches, is_text, lock_of, map_batches, pick_device
+from vermouth.core import (
+    VermouthError,
+    check_finite,
+    choose,
+    frozen,
+    in_batches,
+    is_text,
+    lock_of,
+    map_batches,
+    pick_device,
+)
 from .images import ImageLike, Images, ValueRange, bicubic_image, flatten, image_list, image_tensor
 
 # %% ../nbs/library/08_text.ipynb #bc8e5f5d
@@ -534,7 +545,8 @@ def raw_text_embeddings(
         )
     encode = _text_tower(clip.model, project)
     run = lambda part: [encode(tokens[part].to(clip.device)).float()]  # noqa: E731
-    vectors = in_batches(run, len(texts), batch_size, "texts")[0]
+    with frozen(clip.device):
+        vectors = in_batches(run, len(texts), batch_size, "texts")[0]
     check_finite(vectors, f"clip={clip.name!r}: its embeddings of texts")
     return vectors
 
@@ -562,7 +574,8 @@ def image_embeddings(
         pixels = torch.stack([clip.preprocess(_pil(im, value_range)) for im in images[part]])
         return [clip.model.encode_image(pixels.to(clip.device))]
 
-    vectors = in_batches(encode, len(images), batch_size)[0].float()
+    with frozen(clip.device):
+        vectors = in_batches(encode, len(images), batch_size)[0].float()
     check_finite(vectors, f"clip={clip.name!r}: its embeddings of images")
     return F.normalize(vectors, dim=-1)
 
