@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from vermouth.backbone import text_config, unet_config, vae_config
+from vermouth.families.unet import text_config, unet_config, vae_config
 
 
 def scheduler_config(kind):

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from sd_layout import write_folder
 
-from vermouth.backbone import SIZES, load_backbone
+from vermouth.backbone import load_backbone
 from vermouth.core import VermouthError
+from vermouth.families.unet import SIZES
 from vermouth.hooks import STAGE_SETS, tapped, unet_blocks
 
 PROMPTS = ["a photo of a cat", None, "cat"]
@@ -150,9 +151,9 @@ def test_any_photo_at_the_size_of_the_checkpoint(backbones):
     assert bb.native_size == (512, 512) and backbones["sd2.1"].native_size == (768, 768)
     with pytest.raises(VermouthError, match="must be multiples of 64"):
         bb.features(photos[0], size="keep")
-    bb.unet.register_to_config(sample_size=8)
+    bb.family.sample_size = 8, 8
     fs = bb.features(photos, "cat", stages="mid")
-    bb.unet.register_to_config(sample_size=64)
+    bb.family.sample_size = 64, 64
     assert torch.equal(fs[0], bb.features(photos, "cat", stages="mid", size=64)[0])
 
 
@@ -184,6 +185,8 @@ def count_calls(unet):
         (dict(stages="mid"), "down0 down1 down2 down3 mid"),
         (dict(stages="down", attention=()), "down0 down1 down2 down3"),
         (dict(stages="down"), "down0 down1 down2 down3 mid up0 up1 up2"),
+        (dict(stages="down", attention=("down_cross", "down_self")), "down0 down1 down2 down3"),
+        (dict(stages="mid", attention=("mid_cross", "mid_self")), "down0 down1 down2 down3 mid"),
         (dict(stages=("mid", "up")), "down0 down1 down2 down3 mid up0 up1 up2 up3"),
     ],
 )

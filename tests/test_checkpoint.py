@@ -111,6 +111,12 @@ def test_other_families_are_refused(copy):
     second = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     xl = index | second | {"_class_name": "StableDiffusionXLPipeline"}
     (copy / "model_index.json").write_text(json.dumps(xl))
-    refuses(copy, "StableDiffusionXLPipeline", "text_encoder_2")
+    refuses(copy, "lacks text_encoder_2/", "stabilityai/stable-diffusion-xl-base-1.0")
+    sana = {"transformer": ["diffusers", "SanaTransformer2DModel"], "_class_name": "SanaPipeline"}
+    (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"} | sana))
+    refuses(copy, "holds a SanaPipeline whose transformer is SanaTransformer2DModel. Give one of: Stable Diffusion 1.x")
+    image = {"_class_name": "StableDiffusionImageVariationPipeline"}
+    (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "text_encoder"} | image))
+    refuses(copy, "whose text_encoder is missing. It looks like Stable Diffusion 1.x or 2.x, which needs CLIPTextModel")
     (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
     refuses(copy, "unet is missing")

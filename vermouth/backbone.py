@@ -6,23 +6,24 @@
 __all__ = ['NOISES', 'TRAJECTORIES', 'Backbone', 'FeatureSettings', 'load_backbone', 'random_backbone']
 
 # %% ../nbs/library/10_backbone.ipynb #b56d6e86
+import os
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/library/10_backbone.ipynb #d91943a2
-from .checkpoint import load_parts, load_tokenizer, locate
+from .checkpoint import build_model, load_parts
 from vermouth.core import (
     VermouthError,
     check_finite,
@@ -35,62 +36,23 @@ from vermouth.core import (
     lock_of,
     pick_device,
     pick_dtype,
+    spent_on,
 )
-from .diffusion import PREDICTIONS, add_noise, check_timesteps, ddim_trajectory, inversion_path, noise_like
+from .diffusion import check_timesteps, inversion_path, noise_like
+from .families.adapters import adapt, family_of
+from .families.base import Condition, Family, random_parts, tensors_of
 from vermouth.hooks import (
+    STAGES,
     Taps,
     as_names,
     attention_levels,
-    find_places,
     list_taps,
     place_names,
-    pyramid,
-    pyramid_dims,
+    read_pyramid,
     stage_rows,
-    tapped,
-    unet_blocks,
+    tapped_places,
 )
 from .images import Images, ValueRange, image_batch
-
-# %% ../nbs/library/10_backbone.ipynb #f08beabf
-def _check_parts(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: PreTrainedTokenizerBase,
-    scheduler: SchedulerMixin,  # with `alphas_cumprod`
-) -> None:
-    "Raise VermouthError for parts that do not make a Stable Diffusion 1.x or 2.x together."
-    unet_blocks(unet)
-    wants, gets = unet.config.in_channels, vae.config.latent_channels
-    if wants != gets:
-        raise VermouthError(
-            f"unet: takes {wants} channels where the VAE makes {gets}; "
-            "inpainting, depth and upscaling checkpoints do. Use the plain text-to-image one."
-        )
-    wants, gets = unet.config.encoder_hid_dim or unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if set(wants if isinstance(wants, (list, tuple)) else [wants]) != {gets}:
-        raise VermouthError(
-            f"unet: guided by {wants} channels of text where the text encoder makes {gets}. "
-            "Use parts of one checkpoint."
-        )
-    words, rows = len(tokenizer), text_encoder.config.vocab_size
-    if words > rows:
-        raise VermouthError(
-            f"tokenizer: has {words} words where the text encoder knows {rows}. Use parts of one checkpoint."
-        )
-    projected = unet.config.encoder_hid_dim_type
-    extra = unet.config.addition_embed_type or unet.config.class_embed_type
-    if extra := extra or (projected != "text_proj" and projected):
-        raise VermouthError(
-            f"unet: asks for {extra!r} embeddings beside the caption, as SDXL does. Use Stable Diffusion 1.x or 2.x."
-        )
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise VermouthError(
-            f"scheduler: {type(scheduler).__name__} has no alphas_cumprod. "
-            "Use the checkpoint's DDPM, DDIM or PNDM scheduler."
-        )
-    choose("prediction_type", scheduler.config.prediction_type, PREDICTIONS)
 
 # %% ../nbs/library/10_backbone.ipynb #d076d4d1
 def _remedy(
@@ -112,28 +74,23 @@ def _freeze(
 
 # %% ../nbs/library/10_backbone.ipynb #5e9a3442
 class Backbone:
-    "A frozen Stable Diffusion model whose U-Net is read, not sampled."
+    "A frozen diffusion model whose denoiser is read, not sampled."
 
     overlays: Sequence[str] = ()  # digests of what was added to the checkpoint's weights
+    opened: Mapping[str, Any] = {}  # the checkpoint's "name" and the "overlay", for whoever opens it again
     best_batch: int | None = None  # images in one pass, at most; found by `optimize`
+    moved_to: torch.device | None = None  # where weights are moved for each pass; None: they stay where they are
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: PreTrainedTokenizerBase,
-        scheduler: SchedulerMixin,
+        family: Family,            # the adapter around the parts
         name: str = "components",  # for messages and tables
     ):
-        _check_parts(vae, unet, text_encoder, tokenizer, scheduler)
-        self.vae, self.unet, self.text_encoder, self.tokenizer = vae, unet, text_encoder, tokenizer
-        self.scheduler, self.name, self._warned = scheduler, name, False  # warned of a prompt that is too long
-        _freeze({"VAE": vae, "U-Net": unet, "text encoder": text_encoder}, name)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)                   # pixels per latent, each way
-        self.multiple = self.factor * 2 ** (len(unet.config.block_out_channels) - 1)  # image sides are multiples of it
-        self.tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        self.alphas = scheduler.alphas_cumprod.tolist()  # ᾱ of every time step
+        self.family, self.name = family, name
+        self.__dict__ |= family.parts  # vae, unet or transformer, text_encoder, tokenizer, scheduler, …
+        _freeze(family.models, name)
+        self.factor, self.multiple = family.factor, family.multiple  # pixels per latent; image sides are multiples
+        self.tokens, self.alphas = family.tokens, family.schedule.levels  # ᾱ of every time step; σ of flows
 
     if TYPE_CHECKING:  # methods are patched on below
         from_components: ClassVar[Callable[..., "Backbone"]]
@@ -142,26 +99,43 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:  # 16 hexadecimal digits of all that decides the features
-        schedule = [self.scheduler.config.prediction_type, *(f"{alpha:.6g}" for alpha in self.alphas)]
         # a small LoRA may change no sign of a weight, and signs are all that `fingerprint` sees
-        return fingerprint(self.unet, self.vae, self.text_encoder, " ".join([*schedule, *self.overlays]))
+        return fingerprint(*self.family.models.values(), " ".join([*self.family.schedule.describe(), *self.overlays]))
 
 # %% ../nbs/library/10_backbone.ipynb #fa5b8daa
 @patch(as_prop=True)
 def device(self: Backbone) -> torch.device:
-    return self.unet.device
+    return self.moved_to or self.family.denoiser.device
 
 
 @patch(as_prop=True)
 def dtype(self: Backbone) -> torch.dtype:
-    return self.unet.dtype
+    return self.family.denoiser.dtype
+
+
+@patch(as_prop=True)
+def word_tokenizer(self: Backbone) -> PreTrainedTokenizerBase:
+    "The tokenizer whose tokens are the first channels of attention maps."
+    return self.family.parts[self.family.readers()[0][0]]
+
+
+@patch(as_prop=True)
+def word_tokens(self: Backbone) -> int:
+    "How many channels of attention maps `word_tokenizer` makes."
+    return self.family.readers()[0][1]
+
+
+@patch(as_prop=True)
+def finest_map(self: Backbone) -> int:
+    'The finest level of the pyramid that `attention="up_cross"` gives maps.'
+    return attention_levels("up_cross", self.family.table)[-1]
 
 # %% ../nbs/library/10_backbone.ipynb #363a5c9f
 @patch
 def __repr__(self: Backbone) -> str:
-    widths = "-".join(map(str, self.unet.config.block_out_channels))
-    how = f"{self.scheduler.config.prediction_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
-    return f"Backbone({self.name}: U-Net {widths}, latents 1/{self.factor}, {self.tokens} tokens, {how})"
+    family = self.family
+    how = f"{family.schedule.prediction}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+    return f"Backbone({self.name}: {family.layout}, latents 1/{self.factor}, {self.tokens} tokens, {how})"
 
 # %% ../nbs/library/10_backbone.ipynb #5e5d8c65
 @patch(cls_method=True)
@@ -169,21 +143,26 @@ def from_components(
     cls: Backbone,
     *,
     vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: PreTrainedTokenizerBase,        # one that knows its model_max_length
-    scheduler: SchedulerMixin,                 # only alphas_cumprod and prediction_type are used
-    device: str | torch.device | None = None,  # None leaves every part where the U-Net is
-    dtype: str | torch.dtype | None = None,    # None takes the U-Net's
-    name: str = "components",                  # for messages and tables
-) -> Backbone:                                 # freezes the parts it was given
+    scheduler: SchedulerMixin,                  # only what says how noisy a time step is
+    unet: UNet2DConditionModel | None = None,   # the denoiser: this, or a transformer
+    transformer: ModelMixin | None = None,
+    text_encoder: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,  # one that knows its model_max_length
+    device: str | torch.device | None = None,   # None leaves every part where the denoiser is
+    dtype: str | torch.dtype | None = None,     # None takes the denoiser's
+    name: str = "components",                   # for messages and tables
+    **more: Any,                                # text_encoder_2, tokenizer_2, …: where the family has them
+) -> Backbone:                                  # freezes the parts it was given
     "A backbone from parts at hand. Raises VermouthError if they do not fit each other."
-    device = pick_device(device or unet.device)
-    dtype = pick_dtype(dtype or unet.dtype, device)
-    for model in (vae, unet, text_encoder):
+    named = {"vae": vae, "unet": unet, "transformer": transformer, "text_encoder": text_encoder} | more
+    family = adapt(named | {"tokenizer": tokenizer, "scheduler": scheduler})
+    denoiser: Any = family.denoiser
+    device = pick_device(device or denoiser.device)
+    dtype = pick_dtype(dtype or denoiser.dtype, device)
+    for model in family.models.values():
         # diffusers' own `to` warns of parts to be kept in float32, of which there are none
         torch.nn.Module.to(model, device, dtype)
-    return cls(vae, unet, text_encoder, tokenizer, scheduler, name)  # type: ignore[operator]  # `patch` wants no type[]
+    return cls(family, name)  # type: ignore[operator]  # `patch` wants no type[]
 
 # %% ../nbs/library/10_backbone.ipynb #ed9fb5f9
 def check_size(
@@ -208,15 +187,37 @@ def _most(
     return min(batch_size or self.best_batch, self.best_batch) if self.best_batch else batch_size
 
 # %% ../nbs/library/10_backbone.ipynb #9a72fefd
+LARGE = 2048 * 2048  # pixels of an image that is encoded in tiles
+
+
+@contextmanager
+def tiles(
+    vae: Any,  # diffusers' AutoencoderKL
+) -> Iterator[None]:
+    "Let a VAE encode in overlapping tiles, of 512 pixels a side or of its training's, if that was larger."
+    side, scales = max(vae.config.sample_size or 0, 512), len(vae.config.block_out_channels) - 1
+    changes = {"use_tiling": True, "tile_sample_min_size": side, "tile_latent_min_size": side >> scales}
+    with lock_of(vae):
+        before = {key: getattr(vae, key) for key in changes}
+        try:
+            vars(vae).update(changes)
+            yield
+        finally:
+            vars(vae).update(before)
+
+
 @patch
 def _encode(
     self: Backbone,
     images: Tensor,  # (B,3,H,W) in [-1,1]
 ) -> Tensor:         # (B,C,h,w)
-    "Posterior mean × scaling factor."
+    "The posterior's mean, shifted and scaled as the denoiser wants it."
+    images = images.to(self.device, self.dtype)
     with frozen(self.device):
-        posterior = self.vae.encode(images.to(self.device, self.dtype)).latent_dist
-        return posterior.mean * self.vae.config.scaling_factor
+        if images.shape[-2] * images.shape[-1] <= LARGE:
+            return self.family.scale_latents(self.vae.encode(images).latent_dist.mean)
+        with tiles(self.vae):
+            return self.family.scale_latents(self.vae.encode(images).latent_dist.mean)
 
 # %% ../nbs/library/10_backbone.ipynb #370fe8a6
 @patch
@@ -226,7 +227,7 @@ def encode_images(
     size: int | tuple[int, int] | None = None,  # resize to this side, or to (height, width); None keeps the size
     batch_size: int | None = 32,                # most images in one pass; halved when memory is short
     value_range: ValueRange | None = None,      # of tensors, as for `images.image_batch`
-) -> Tensor:                                    # (B,C,h,w) latents: posterior mean × scaling factor
+) -> Tensor:                                    # (B,C,h,w) latents: posterior mean × scaling factor (minus its shift)
     "Images → clean latents x₀. Raises VermouthError if a side is not a multiple of `factor`."
     pixels = check_size(image_batch(images, size, value_range), self.factor)
     latents = in_batches(lambda part: [self._encode(pixels[part])], len(pixels), self._most(batch_size))[0]
@@ -251,53 +252,32 @@ def prompt_list(
         )
     return texts
 
-# %% ../nbs/library/10_backbone.ipynb #25dfe737
-@patch
-def _tokens(
-    self: Backbone,
-    prompts: list[str],
-) -> Tensor:  # (B,T) token ids
-    "Captions as tokens, padded to full length. Warns once of a prompt that is cut."
-    full = {"padding": "max_length", "truncation": True, "max_length": self.tokens, "return_tensors": "pt"}
-    with lock_of(self.tokenizer):  # each call sets how the tokenizer pads, for all threads
-        ids = self.tokenizer(prompts, **full).input_ids
-        lengths = [len(whole) for whole in self.tokenizer(prompts, verbose=False)["input_ids"]]
-        long, warned = [p for p, n in zip(prompts, lengths, strict=True) if n > self.tokens], self._warned
-        self._warned = warned or bool(long)  # a data set of long captions would warn thousands of times
-    if long and not warned:
-        warnings.warn(
-            f"prompts: {long[0]!r} is longer than {self.tokens} tokens and is cut there, as is every other that long.",
-            stacklevel=4,
-        )
-    return ids
-
 # %% ../nbs/library/10_backbone.ipynb #a27452b6
 @patch
 def _states(
     self: Backbone,
     prompts: list[str],
-) -> Tensor:  # (B,T,D)
-    "The text encoder's last hidden states; a prompt that several images share is encoded once."
+) -> Condition:  # one entry per prompt
+    "Captions as the denoiser reads them; a prompt that several images share is encoded once."
     unique = list(dict.fromkeys(prompts))
-    ids = self._tokens(unique)
-    with frozen(self.device):
-        states = self.text_encoder(ids.to(self.device)).last_hidden_state
-    return states[[unique.index(p) for p in prompts]]
+    return self.family.encode(unique, self.device)[[unique.index(p) for p in prompts]]
 
 # %% ../nbs/library/10_backbone.ipynb #8b1dc37b
 @patch
 def encode_text(
     self: Backbone,
     prompts: str | None | Iterable[str | None],  # one, or one per image; None is the empty prompt
-) -> Tensor:                                     # (B,T,D) hidden states that guide the U-Net
-    "Captions → the text encoder's last hidden states. Warns once of a prompt that is cut."
+) -> Condition:                                  # (B,T,D) hidden states that guide the denoiser, and what else it reads
+    """Captions → what guides the denoiser: the text encoder's hidden states, or a `Conditioning` of several tensors
+    for families that read more. Warns once of a prompt that is cut."""
     states = self._states(prompt_list(prompts))
-    check_finite(states, f"backbone={self.name!r}: the hidden states of its text encoder", _remedy(self.dtype))
+    what = f"backbone={self.name!r}: the hidden states of its text encoder"
+    check_finite(tensors_of(states), what, _remedy(self.dtype))
     return states
 
 # %% ../nbs/library/10_backbone.ipynb #4d1414f9
-NOISES = ("ddpm", "ddim", "none")             # ways to a time step
-TRAJECTORIES = ("sequential", "independent")  # ways to use several time steps
+NOISES = ("ddpm", "ddim", "none")                         # ways to a time step
+TRAJECTORIES = ("sequential", "independent", "released")  # ways to use several time steps
 
 # %% ../nbs/library/10_backbone.ipynb #e72a78a9
 # the same by the name of the result, and the maps of each time step by itself
@@ -320,10 +300,12 @@ class FeatureSettings:
         for name in ("timesteps", "stages", "attention"):  # which are read several times
             if isinstance(getattr(self, name), Iterator):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        place_names(self.stages) or stage_rows(self.stages)
+        if not place_names(self.stages) and set(as_names(self.stages)) <= set(STAGES):
+            stage_rows(self.stages)
         attention_levels(self.attention)
         choose("noise", self.noise, NOISES)
-        choose("trajectory", self.trajectory, TRAJECTORIES)
+        if choose("trajectory", self.trajectory, TRAJECTORIES) == "released" and self.noise != "ddpm":
+            raise VermouthError(f"noise={self.noise!r}: trajectory='released' adds noise. Pass noise='ddpm'.")
         for name, least, most in (("ddim_steps", 1, 10**6), ("seed", -(2**63), 2**63 - 1)):
             n = getattr(self, name)
             if not isinstance(n, Integral) or isinstance(n, bool) or not least <= n <= most:
@@ -339,12 +321,12 @@ def predict(
     self: Backbone,
     latents: Tensor,  # (B,C,h,w) at `timestep`
     timestep: int,    # given to the U-Net
-    context: Tensor,  # (B,T,D) from `encode_text`
+    context: Condition,  # from `encode_text`
 ) -> Tensor:          # (B,C,h,w) noise, velocity or clean latents, as the scheduler's prediction_type says
-    "One full pass of the U-Net."
+    "One full pass of the denoiser."
     latents, context = latents.to(self.device, self.dtype), context.to(self.device, self.dtype)
-    with frozen(self.device), tapped(self.unet, ()):  # alone on the U-Net, and to its end
-        return self.unet(latents, timestep, encoder_hidden_states=context).sample
+    with frozen(self.device), tapped_places(self.family.denoiser, {}):  # alone on the denoiser, and to its end
+        return self.family.denoise(latents, timestep, context)
 
 # %% ../nbs/library/10_backbone.ipynb #e7dc8ba0
 @patch
@@ -356,8 +338,7 @@ def ddim(
 ) -> Tensor:               # (B,C,h,w) float32, at the last time step
     "Latents after deterministic DDIM steps along some time steps."
     # float32 between the steps, whatever the weights: bfloat16 would round away what a small step changes
-    kind = self.scheduler.config.prediction_type
-    return ddim_trajectory(latents, timesteps, lambda x, t: self.predict(x, t, context), self.alphas, kind)
+    return self.family.schedule.travel(latents, timesteps, lambda x, t: self.predict(x, t, context))
 
 # %% ../nbs/library/10_backbone.ipynb #67589651
 @patch
@@ -373,8 +354,49 @@ def latents_at(
     if settings.noise == "none":
         return clean
     if settings.noise == "ddpm":
-        return add_noise(clean, noise_like(clean, settings.seed), self.alphas[timestep])
+        return self.family.schedule.noised(clean, noise_like(clean, settings.seed), timestep)
     return self.ddim(clean, inversion_path(timestep, settings.ddim_steps), context)
+
+# %% ../nbs/library/10_backbone.ipynb #ca5a7935
+@patch
+def maps_at(
+    self: Backbone,
+    latents: Tensor,   # (B,C,h,w) at `timestep`
+    timestep: int,     # given to the denoiser
+    context: Condition,
+    settings: FeatureSettings,
+) -> list[Tensor]:     # (B,C,h,w) each, lowest resolution first
+    "The pyramid of one pass."
+    family, latents = self.family, latents.to(self.dtype)
+    run = partial(family.denoise, latents, timestep, context)
+    layout = family.denoiser, family.places(), family.table
+    return read_pyramid(*layout, run, latents.shape[-2:], self.dtype, settings.stages, settings.attention)
+
+# %% ../nbs/library/10_backbone.ipynb #8cd7defa
+GUIDANCE = 7.5  # weight of the caption between two time steps in the released code
+
+
+@patch
+def _read_released(
+    self: Backbone,
+    latents: Tensor,   # (B,C,h,w) clean
+    context: Tensor,   # (B,T,D)
+    steps: list[int],  # time steps, the largest first
+    settings: FeatureSettings,
+) -> list[Tensor]:     # (B,C,h,w) each, lowest resolution first
+    "The blocks at the last time step, and attention maps averaged over the passes of all."
+    x, bare, passes = self.latents_at(latents, steps[0], context, settings), self._states([""] * len(latents)), []
+    for i, t in enumerate(steps):
+        last = t == steps[-1]
+        for states in [context] if last else [context, bare]:
+            passes.append(self.maps_at(x, t, states, settings))
+        if not last:
+            guided, plain = self.predict(x, t, context).float(), self.predict(x, t, bare).float()
+            drawn = noise_like(x, settings.seed + i + 1)
+            x = self.family.schedule.draw(x, plain + GUIDANCE * (guided - plain), t, drawn)
+    blocks = [m[:, :n] for m, n in zip(passes[-1], self.feature_dims(settings.stages, ()), strict=True)]
+    maps = [torch.stack(level).mean(0)[:, b.shape[1] :] for level, b in zip(zip(*passes, strict=True), blocks)]
+    return [torch.cat(pair, 1) for pair in zip(blocks, maps, strict=True)]
 
 # %% ../nbs/library/10_backbone.ipynb #3f117c61
 @patch
@@ -387,23 +409,21 @@ def read(
     "The pyramid of one batch that fits into memory."
     steps = check_timesteps(settings.timesteps, len(self.alphas))
     latents, context = latents.to(self.device), context.to(self.device, self.dtype)
-
-    def maps_at(x, t):
-        return pyramid(self.unet, x.to(self.dtype), t, context, settings.stages, settings.attention)
-
     with frozen(self.device):
         if settings.trajectory == "sequential":
             x = self.latents_at(latents, steps[0], context, settings)
-            return maps_at(self.ddim(x, steps, context), steps[-1])
-        pyramids = [maps_at(self.latents_at(latents, t, context, settings), t) for t in steps]
+            return self.maps_at(self.ddim(x, steps, context), steps[-1], context, settings)
+        if settings.trajectory == "released":
+            return self._read_released(latents, context, steps, settings)
+        pyramids = [self.maps_at(self.latents_at(latents, t, context, settings), t, context, settings) for t in steps]
         return [torch.stack(maps).mean(0) for maps in zip(*pyramids)]
 
 # %% ../nbs/library/10_backbone.ipynb #dc3d90ea
 @patch(as_prop=True)
 def native_size(self: Backbone) -> tuple[int, int]:
     "Height and width in pixels of the images it was trained on; 64 latents a side if the checkpoint is silent."
-    sides = as_names(self.unet.config.sample_size) or (64,)
-    height, width = (max(1, round(n * self.factor / self.multiple)) * self.multiple for n in (sides[0], sides[-1]))
+    sides = self.family.sample_size
+    height, width = (max(1, round(n * self.factor / self.multiple)) * self.multiple for n in sides)
     return height, width
 
 # %% ../nbs/library/10_backbone.ipynb #f365d6b5
@@ -432,18 +452,27 @@ def _by_timestep(
     pyramids = [maps[i : i + levels] for i in range(0, len(maps), levels)]
     return pyramids if combine == "list" else [torch.stack(level, 1) for level in zip(*pyramids, strict=True)]
 
+# %% ../nbs/library/10_backbone.ipynb #2a3b099b
+@patch
+def _check(self: Backbone, settings: FeatureSettings) -> None:
+    "Raise VermouthError for time steps, places, stages and attention maps that this denoiser does not have."
+    check_timesteps(settings.timesteps, self.family.schedule.count)
+    self.feature_dims(settings.stages, settings.attention)
+    attention_levels(settings.attention, self.family.table)
+
 # %% ../nbs/library/10_backbone.ipynb #5dca8acf
 @patch
+@spent_on("reading")
 def features(
     self: Backbone,
     images: Images,                               # (B,3,H,W) in [-1,1], or anything that `images.image_batch` takes
     prompts: str | None | Iterable[str | None] = None,  # captions, one per image; one string for all; None for none
     timesteps: int | Iterable[int] = (200,),      # one or several of 0 … 999
     stages: str | Iterable[str] = ("mid", "up"),  # a row of `hooks.STAGE_SETS`, or a list of names of `taps`
-    attention: str | Iterable[str] | None = ("up_cross",),  # added to a row: "up_cross", "up_cross_fine", or ()
+    attention: str | Iterable[str] | None = ("up_cross",),  # added to a row: some of `hooks.ATTENTION`, or ()
     noise: str = "ddpm",                          # "ddpm", "ddim" or "none"
     seed: int = 8888,                             # fixes the noise of "ddpm"
-    trajectory: str = "sequential",               # older name of `combine`: "sequential", or "independent" for "mean"
+    trajectory: str = "sequential",               # "released", or an older name of `combine`: "independent" for "mean"
     size: int | tuple[int, int] | str | None = None,  # side, or (height, width); None: the model's; "keep": as it is
     batch_size: int | None = 32,                  # most images in one pass; halved when memory is short
     ddim_steps: int = 10,                         # steps of the inversion, for noise="ddim"
@@ -457,8 +486,7 @@ def features(
     if combine is not None:
         trajectory = COMBINES[choose("combine", combine, COMBINES)]
     settings = FeatureSettings(timesteps, stages, attention, noise, seed, trajectory, ddim_steps)
-    check_timesteps(settings.timesteps, len(self.alphas))
-    find_places(self.unet, place_names(settings.stages))
+    self._check(settings)
     pixels = self.prepare(images, size, value_range)
     texts = prompt_list(prompts, len(pixels))
 
@@ -476,19 +504,20 @@ def features(
 def features_from_latents(
     self: Backbone,
     latents: Tensor,              # (B,C,h,w) clean, as `encode_images` makes them; h and w multiples of 8
-    context: Tensor,              # (B,T,D) as `encode_text` makes them
+    context: Condition,           # (B,T,D) as `encode_text` makes them
     settings: FeatureSettings = FeatureSettings(),
     batch_size: int | None = 32,  # most of them in one pass; halved when memory is short
 ) -> list[Tensor]:                # (B,C,h,w) each, lowest resolution first
     "The pyramid from stored latents and hidden states. Raises VermouthError for shapes that do not fit."
-    if latents.ndim != 4 or any(n % 8 for n in latents.shape[-2:]) or len(context) != len(latents):
+    least = self.multiple // self.factor
+    if latents.ndim != 4 or any(n % least for n in latents.shape[-2:]) or len(context) != len(latents):
         raise VermouthError(
             f"latents: shape {tuple(latents.shape)} with hidden states {tuple(context.shape)}. "
-            "Pass (B, C, h, w) with h and w multiples of 8, and (B, T, D)."
+            f"Pass (B, C, h, w) with h and w multiples of {least}, and (B, T, D)."
         )
-    if not (latents.isfinite().all() and context.isfinite().all()):
+    if not all(x.isfinite().all() for x in [latents, *tensors_of(context)]):
         raise VermouthError("latents: NaN or infinite numbers in them or in the hidden states. Encode the images anew.")
-    find_places(self.unet, place_names(settings.stages))
+    self._check(settings)
     run = lambda part: self.read(latents[part], context[part], settings)  # noqa: E731
     maps = in_batches(run, len(latents), self._most(batch_size))
     check_finite(maps, f"backbone={self.name!r}: its features", _remedy(self.dtype))
@@ -500,12 +529,11 @@ def feature_dims(
     self: Backbone,
     stages: str | Iterable[str] = ("mid", "up"),            # as for `features`
     attention: str | Iterable[str] | None = ("up_cross",),  # the same
+    size: int | tuple[int, int] | None = None,  # of the images, for self-attention; None: the model's own
 ) -> list[int]:                                             # channels of each level, lowest resolution first
     "Channels of what `features` will return, without running anything. Raises VermouthError for an unknown place."
-    if names := place_names(stages):
-        places = find_places(self.unet, names)
-        return [places[name].channels or self.tokens for name in names]
-    return pyramid_dims(self.unet.config.block_out_channels, self.tokens, stages, attention)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size) if size else self.native_size
+    return self.family.dims(stages, attention, (height // self.factor, width // self.factor))
 
 # %% ../nbs/library/10_backbone.ipynb #0dab501a
 @patch
@@ -513,10 +541,34 @@ def taps(
     self: Backbone,
     size: int | tuple[int, int] | None = None,  # side of the images, or (height, width); None: the model's own
 ) -> Taps:                                      # they print as a table
-    "Every place of the U-Net that `features` can read. Raises VermouthError for a size that the model cannot take."
+    "Every place of the denoiser that `features` can read. Raises VermouthError for a size that the model cannot take."
     height, width = size if isinstance(size, (tuple, list)) else (size, size) if size else self.native_size
     check_size(torch.empty(1, 3, height, width, device="meta"), self.multiple)
-    return list_taps(self.unet, (height // self.factor, width // self.factor), self.tokens)
+    return list_taps(self.family.places(), (height // self.factor, width // self.factor), self.tokens)
+
+# %% ../nbs/library/10_backbone.ipynb #ecdcf22c
+def _overlay(unet: str | Path | None, lora: str | Path | Sequence[str | Path] | None, variant: str | None) -> dict:
+    "What lies over a checkpoint's weights, in JSON's types; paths are whole."
+    names = [lora] if isinstance(lora, (str, Path)) else list(lora or ())
+    given = [str(name) for name in (unet or "", *names)]
+    places = [os.path.abspath(name) if os.path.exists(name) else name for name in given]
+    return {"unet": places[0] or None, "lora": places[1:], "variant": variant}
+
+# %% ../nbs/library/10_backbone.ipynb #4a99777e
+@patch
+def offload(
+    self: Backbone,  # with its weights in main memory
+    device: str | torch.device | None = None,  # that computes; None takes the best there is
+) -> Backbone:       # itself
+    "Keep the weights in main memory, and move one block of the denoiser at a time, or one layer of another part."
+    from accelerate import cpu_offload
+
+    self.fingerprint  # noqa: B018 (of weights that will be elsewhere)
+    self.moved_to = pick_device(device)
+    together = sorted({type(block).__name__ for block in self.family.blocks()})
+    for model in self.family.models.values():
+        cpu_offload(model, self.moved_to, preload_module_classes=together)
+    return self
 
 # %% ../nbs/library/10_backbone.ipynb #878b29e2
 def load_backbone(
@@ -527,13 +579,18 @@ def load_backbone(
     variant: str | None = None,                # weights of another name, as "fp16", which is found by itself
     unet: str | Path | None = None,            # another U-Net in this checkpoint: folder, file of weights, or hub id
     lora: str | Path | Sequence[str | Path] | None = None,  # files, folders, hub ids; added to U-Net and text encoder
+    offload: bool = False,  # weights stay in main memory; one block at a time is moved to the device, for large models
 ) -> Backbone:
     "The frozen backbone of a checkpoint. Raises VermouthError if its parts are missing, damaged or of another model."
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     parts, overlays = load_parts(str(name), dtype, revision, variant, unet, lora)
-    backbone = Backbone.from_components(**parts, device=device, dtype=dtype)
+    backbone = Backbone.from_components(**parts, device="cpu" if offload else device, dtype=dtype)
     backbone.overlays = overlays
+    if offload:
+        backbone.offload(device)
+    if unet or lora or variant:
+        backbone.opened = {"name": str(name), "overlay": _overlay(unet, lora, variant)}
     return backbone
 
 # %% ../nbs/library/10_backbone.ipynb #89f9a10a
@@ -543,94 +600,19 @@ def randomized(
     seed: int = 0,  # of the new weights
 ) -> Backbone:      # shares the VAE and the text encoder
     "The same backbone with a U-Net of random weights, as a baseline."
-    config = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
+    denoiser: Any = self.family.denoiser
+    config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(**config)
+        fresh = build_model(type(denoiser).__name__, config)
+    parts: dict[str, Any] = self.family.parts | {self.family.kind.denoiser: fresh}
     return Backbone.from_components(
-        vae=self.vae,
-        unet=unet,
-        text_encoder=self.text_encoder,
-        tokenizer=self.tokenizer,
-        scheduler=self.scheduler,
-        device=self.device,
-        dtype=self.dtype,
-        name=f"{self.name}, random U-Net {seed}",
-    )
-
-# %% ../nbs/library/10_backbone.ipynb #43dd470b
-SIZES = ("sd1", "sd2.1", "sd2.1-base")
-
-# %% ../nbs/library/10_backbone.ipynb #67483572
-def unet_config(
-    size: str,       # one of `SIZES`
-    width: int = 1,  # divides the channels
-) -> dict[str, Any]:
-    "The configuration of a published U-Net."
-    two = choose("size", size, SIZES).startswith("sd2")
-    return dict(
-        sample_size=96 if size == "sd2.1" else 64,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=2,
-        block_out_channels=[c // width for c in (320, 640, 1280, 1280)],
-        cross_attention_dim=(1024 if two else 768) // width,
-        attention_head_dim=[5, 10, 20, 20] if two else 8,
-        norm_num_groups=32 if width == 1 else 8,
-        norm_eps=1e-5,
-        act_fn="silu",
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        **(dict(use_linear_projection=True, upcast_attention=True) if two else {}),
-    )
-
-# %% ../nbs/library/10_backbone.ipynb #4af50a2c
-def vae_config(
-    width: int = 1,  # divides the channels
-) -> dict[str, Any]:
-    "The configuration of the published VAE: four scales, so 8 pixels per latent."
-    return dict(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=[c // width for c in (128, 256, 512, 512)],
-        layers_per_block=2,
-        norm_num_groups=32 if width == 1 else 8,
-        sample_size=512,
-        scaling_factor=0.18215,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-    )
-
-# %% ../nbs/library/10_backbone.ipynb #ffdc8602
-def text_config(
-    size: str,       # one of `SIZES`
-    width: int = 1,  # divides the channels; small ones have two layers
-) -> dict[str, Any]:
-    "The configuration of a published text encoder; 2.x has one layer fewer than its CLIP, whose last is not used."
-    two = choose("size", size, SIZES).startswith("sd2")
-    channels, layers, heads = (1024, 23, 16) if two else (768, 12, 12)
-    return dict(
-        hidden_size=channels // width,
-        intermediate_size=4 * channels // width,
-        num_hidden_layers=layers if width == 1 else 2,
-        num_attention_heads=heads if width == 1 else 4,
-        hidden_act="gelu" if two else "quick_gelu",
-        projection_dim=512 if two else 768,
-        vocab_size=49408,
-        max_position_embeddings=77,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-        dropout=0.0,
-        layer_norm_eps=1e-5,
+        **parts, device=self.device, dtype=self.dtype, name=f"{self.name}, random U-Net {seed}"
     )
 
 # %% ../nbs/library/10_backbone.ipynb #513db0ee
 def random_backbone(
-    size: str = "sd1",                         # one of `SIZES`
+    size: str = "sd1",                         # one of `families.adapters.SIZES`
     device: str | torch.device | None = None,  # None leaves it on the CPU
     dtype: str | torch.dtype = "float32",
     seed: int = 0,                             # of the weights
@@ -641,31 +623,22 @@ def random_backbone(
         raise VermouthError(f"width={width!r}: channels are divided by 1, 2, 4, 8. Pass one of these.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {
-            "unet": UNet2DConditionModel(**unet_config(size, width)),
-            "vae": AutoencoderKL(**vae_config(width)),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**text_config(size, width))),
-        }
-    tokenizer = load_tokenizer(locate("toybox"))
-    tokenizer.model_max_length = 77
-    kind = "v_prediction" if size == "sd2.1" else "epsilon"
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
-    return Backbone.from_components(
-        **parts, tokenizer=tokenizer, scheduler=scheduler, device=device, dtype=dtype, name=f"stand-in for {size}"
-    )
+        parts = random_parts(family_of(size), size, width)
+    return Backbone.from_components(**parts, device=device, dtype=dtype, name=f"stand-in for {size}")
 
 # %% ../nbs/library/10_backbone.ipynb #c3fa72bd
 @patch
 def channels_last(self: Backbone) -> None:
     "Lay out the weights of the convolutions of VAE and U-Net with the channels innermost."
-    for part in (self.vae, self.unet):
+    for part in (self.vae, self.family.denoiser):
         part.to(memory_format=torch.channels_last)
 
 # %% ../nbs/library/10_backbone.ipynb #9a9b4897
 @patch
 def fuse_projections(self: Backbone) -> None:
     "Query, key and value from one matrix product, key and value of the caption from another."
-    self.unet.fuse_qkv_projections()
+    denoiser: Any = self.family.denoiser
+    denoiser.fuse_qkv_projections()
 
 # %% ../nbs/library/10_backbone.ipynb #88d50f2d
 @patch
@@ -675,10 +648,8 @@ def compile_blocks(
 ) -> None:
     "Compile residual and transformer blocks one by one, at their first pass."
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # many shapes of weights
-    for block in unet_blocks(self.unet).values():
-        for kind in ("resnets", "attentions"):
-            for part in getattr(block, kind, ()):
-                part.compile(dynamic=False, **options)
+    for part in self.family.blocks():
+        part.compile(dynamic=False, **options)
 
 # %% ../nbs/library/10_backbone.ipynb #0d3b2e06
 @patch
@@ -712,7 +683,7 @@ def optimize(
 ) -> Backbone:              # itself
     "Make this backbone faster on this machine; its features stay as they were up to rounding."
     keep_freed_memory()
-    if max(self.unet.config.block_out_channels) >= 256:  # with fewer, reordering costs more than it saves
+    if self.family.width >= 256:  # with fewer, reordering costs more than it saves
         self.channels_last()
     if compile:
         self.compile_blocks()

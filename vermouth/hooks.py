@@ -11,11 +11,12 @@ import difflib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -41,8 +42,54 @@ STAGE_SETS = {
 }
 
 # %% ../nbs/library/03_hooks.ipynb #aa22e517
-# level k's maps come from the cross-attention layers inside up block k
-ATTENTION = {"up_cross": (1, 2), "up_cross_fine": (3,)}
+# selector → level of the pyramid → the block whose attention layers give its maps
+ATTENTION = {
+    "up_cross": {1: "up1", 2: "up2"},
+    "up_cross_fine": {3: "up3"},
+    "mid_cross": {0: "mid"},
+    "down_cross": {1: "down2", 2: "down1"},
+    "up_self": {1: "up1", 2: "up2"},
+    "mid_self": {0: "mid"},
+    "down_self": {1: "down2", 2: "down1"},
+    "cross": {0: "mid", 1: "up1", 2: "up2", 3: "up3"},
+}
+
+# %% ../nbs/library/03_hooks.ipynb #7fb14444
+STAGE_WORDS = (*STAGES, "blocks", "modulated", "discard")  # of every kind of denoiser
+
+
+class StageTable(NamedTuple):
+    "What the sets of stages and the selectors of attention mean for one kind of denoiser."
+
+    sets: Mapping[tuple[str, ...], tuple[str, ...]]  # one entry per level: names of places, joined by ⊕ or averaged
+    attention: Mapping[str, Mapping[int, str]]       # selector → level → block
+    scales: tuple[int, ...]                          # per level, how often the grid of the latents is halved
+
+
+FOUR = StageTable(STAGE_SETS, ATTENTION, (3, 2, 1, 0))
+
+# %% ../nbs/library/03_hooks.ipynb #9964d054
+THREE = StageTable(
+    sets={
+        ("mid",): ("mid",),
+        ("up",): ("up0", "up1", "up2"),
+        ("mid", "up"): ("mid", "up0", "up1 ⊕ up2"),
+        ("down",): ("down2", "down1", "down0"),
+        ("down", "mid"): ("mid", "down1", "down0"),
+        ("down", "mid", "up"): ("down1 ⊕ mean(down2, mid)", "down0 ⊕ up0", "up1 ⊕ up2"),
+    },
+    attention={
+        "up_cross": {0: "up0", 1: "up1"},
+        "mid_cross": {0: "mid"},
+        "down_cross": {0: "down2", 1: "down1"},
+        "up_self": {0: "up0", 1: "up1"},
+        "mid_self": {0: "mid"},
+        "down_self": {0: "down2", 1: "down1"},
+        "cross": {0: "up0", 1: "up1"},
+    },
+    scales=(2, 1, 0),
+)
+TABLES = {4: FOUR, 3: THREE}  # by the number of levels of a U-Net
 
 # %% ../nbs/library/03_hooks.ipynb #f498bfc6
 def as_names(
@@ -56,14 +103,15 @@ def as_names(
 # %% ../nbs/library/03_hooks.ipynb #fd6c6a49
 def stage_rows(
     stages: str | Iterable[str],  # some of "down", "mid", "up", in any order; a single name may stand alone
-) -> tuple[str, ...]:             # a row of `STAGE_SETS`
+    table: StageTable = FOUR,     # of the denoiser
+) -> tuple[str, ...]:             # a row of `STAGE_SETS`, or of another table
     "Return what each level of the pyramid is made of. Raises VermouthError if there is no such set of stages."
     names = as_names(stages)
-    known = [choose("stages", name, STAGES) for name in names]
-    key = tuple(stage for stage in STAGES if stage in known)
-    if key in STAGE_SETS:
-        return STAGE_SETS[key]
-    sets = "; ".join(", ".join(row) for row in STAGE_SETS)
+    known = [choose("stages", name, STAGE_WORDS) for name in names]
+    key = tuple(stage for stage in STAGE_WORDS if stage in known)
+    if key in table.sets:
+        return table.sets[key]
+    sets = "; ".join(", ".join(row) for row in table.sets)
     raise VermouthError(f"stages={names!r}: no such set of stages. Choose one of: {sets}.")
 
 # %% ../nbs/library/03_hooks.ipynb #10338f2e
@@ -72,28 +120,81 @@ def place_names(
 ) -> tuple[str, ...]:             # as they were given; none for a set of stages
     "Return the places that are listed instead of a set of stages. Raises VermouthError for a mixture, and other names."
     names = as_names(stages)
-    if not names or all(name in STAGES for name in names):
+    if not names or all(name in STAGE_WORDS for name in names):
         return ()
     for name in names:
-        if not (isinstance(name, str) and re.fullmatch(r"((down|up)\d|mid)(\.\w+)*", name)):
-            choose("stages", name, STAGES)
+        if not (isinstance(name, str) and re.fullmatch(r"(mid|[a-z]+\d+)(\.\w+)*", name)):
+            choose("stages", name, STAGE_WORDS)
             raise VermouthError(f"stages={names!r}: {name!r} is no place. Give a set of stages, or places only.")
     return names
 
 # %% ../nbs/library/03_hooks.ipynb #03749131
 def attention_levels(
-    attention: str | Iterable[str] | None,  # some of "up_cross", "up_cross_fine"; () or None for no maps
+    attention: str | Iterable[str] | None,  # some of `ATTENTION`; () or None for no maps
+    table: StageTable = FOUR,               # of the denoiser
 ) -> tuple[int, ...]:                       # lowest resolution (0) first
-    "Return the levels of the pyramid that get cross-attention maps. Raises VermouthError if a name is unknown."
-    names = [choose("attention", name, ATTENTION) for name in as_names(attention)]
-    return tuple(sorted({level for name in names for level in ATTENTION[name]}))
+    "Return the levels of the pyramid that get attention maps. Raises VermouthError if a name is unknown."
+    names = [choose("attention", name, table.attention) for name in as_names(attention)]
+    return tuple(sorted({level for name in names for level in table.attention[name]}))
+
+# %% ../nbs/library/03_hooks.ipynb #ad3073b0
+KINDS = ("cross", "self")  # attention to the caption's tokens, attention to the image's other places
+
+
+def attention_blocks(
+    attention: str | Iterable[str] | None,  # some of `ATTENTION`
+    kind: str,                              # one of `KINDS`
+    table: StageTable = FOUR,               # of the denoiser
+) -> dict[int, list[str]]:                  # level → blocks
+    "Return the blocks whose maps each level gets. Raises VermouthError if a name is unknown."
+    blocks: dict[int, list[str]] = {}
+    for name in dict.fromkeys(as_names(attention)):
+        if kind in choose("attention", name, table.attention).split("_"):
+            for level, block in table.attention[name].items():
+                if block not in blocks.setdefault(level, []):
+                    blocks[level].append(block)
+    return blocks
 
 # %% ../nbs/library/03_hooks.ipynb #55d98945
 def _block_names(
     row: str,    # an entry of `STAGE_SETS`, as "up2 ⊕ up3"
 ) -> list[str]:  # as ["up2", "up3"]
     "Return the names of the blocks that one level is made of."
-    return re.findall(r"down\d|up\d|mid", row)
+    return re.findall(r"(?:mid|[a-z]+\d+)(?:\.\w+)*", row)
+
+
+def _terms(
+    row: str,          # an entry of a `StageTable`, as "down1 ⊕ mean(down2, mid)"
+) -> list[list[str]]:  # as [["down1"], ["down2", "mid"]]: what is averaged, and then joined
+    "Return the blocks of one level."
+    return [_block_names(term) for term in row.split(" ⊕ ")]
+
+
+def table_dims(
+    channels: Mapping[str, int],  # of each block
+    table: StageTable,            # of the denoiser
+    tokens: int,                  # length of the caption in tokens
+    stages: str | Iterable[str] = ("mid", "up"),
+    attention: str | Iterable[str] | None = ("up_cross",),
+    grid: tuple[int, int] | None = None,  # (height, width) of the latents, for self-attention
+) -> list[int]:                   # lowest resolution first
+    "Return the channels of each level without a pass. Raises VermouthError if the set does not fit the denoiser."
+    dims, (cross, places) = [], (attention_blocks(attention, kind, table) for kind in KINDS)
+    if places and grid is None:
+        raise VermouthError("attention: self-attention has a channel per place. Pass grid=, the latents' sides.")
+    for level, row in enumerate(stage_rows(stages, table)):
+        total = tokens * (level in cross)
+        for names in _terms(row):
+            parts = [channels[name] for name in names]
+            if len(set(parts)) > 1:
+                raise VermouthError(
+                    f"stages={stages!r}: averages {', '.join(names)}, which have {parts} channels in this U-Net. "
+                    "Choose another set."
+                )
+            total += parts[0]
+        dims.append(total)
+        dims[-1] += prod(n >> table.scales[level] for n in grid) if grid and level in places else 0
+    return dims
 
 # %% ../nbs/library/03_hooks.ipynb #9d47edfc
 def pyramid_dims(
@@ -101,32 +202,23 @@ def pyramid_dims(
     tokens: int,            # length of the caption in tokens: channels of one attention map
     stages: str | Iterable[str] = ("mid", "up"),
     attention: str | Iterable[str] | None = ("up_cross",),
+    grid: tuple[int, int] | None = None,  # (height, width) of the latents, for self-attention
 ) -> list[int]:             # lowest resolution first
     "Return the channels of each level without running the U-Net. Raises VermouthError if the set does not fit it."
     channels = {"mid": widths[-1]}
     for i, (down, up) in enumerate(zip(widths, reversed(widths), strict=True)):
         channels |= {f"down{i}": down, f"up{i}": up}
-    dims, levels = [], attention_levels(attention)
-    for level, row in enumerate(stage_rows(stages)):
-        parts = [channels[name] for name in _block_names(row)]
-        mean = row.startswith("mean")
-        if mean and len(set(parts)) > 1:
-            raise VermouthError(
-                f"stages={stages!r}: averages {row[5:-1]}, which have {parts} channels in this U-Net. "
-                "Choose another set."
-            )
-        dims.append((parts[0] if mean else sum(parts)) + tokens * (level in levels))
-    return dims
+    return table_dims(channels, TABLES[len(widths)], tokens, stages, attention, grid)
 
 # %% ../nbs/library/03_hooks.ipynb #30246777
 def unet_blocks(
-    unet: UNet2DConditionModel,  # four down blocks, a middle, four up blocks
+    unet: UNet2DConditionModel,  # four or three down blocks, a middle, as many up blocks
 ) -> dict[str, nn.Module]:       # "down0" … "down3", "mid", "up0" … "up3", in the order in which they run
     "Return the U-Net's blocks by the names of the stage table. Raises VermouthError for another number of blocks."
-    if len(unet.down_blocks) != 4 or len(unet.up_blocks) != 4 or unet.mid_block is None:
+    if len(unet.down_blocks) not in TABLES or len(unet.up_blocks) != len(unet.down_blocks) or unet.mid_block is None:
         raise VermouthError(
             f"unet: {len(unet.down_blocks)} down and {len(unet.up_blocks)} up blocks. "
-            "The stages are those of Stable Diffusion 1.x and 2.x, with four of each and a middle."
+            "The stages are those of Stable Diffusion: four of each (1.x, 2.x) or three (SDXL), and a middle."
         )
     down = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}
     return down | {"mid": unet.mid_block} | {f"up{i}": block for i, block in enumerate(unet.up_blocks)}
@@ -142,14 +234,24 @@ class Tap:
     position: int                # in the order of the pass, from 0
 
 # %% ../nbs/library/03_hooks.ipynb #e2711f1d
-class _Place(NamedTuple):
-    "Where in the U-Net a tap sits."
+def _first(
+    output: Any,  # of a module
+) -> Tensor:
+    "The output of a module; down blocks also return their skips."
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Place(NamedTuple):
+    "Where in a denoiser a tap sits."
 
     kind: str
     module: nn.Module  # whose output it is; of q, k, v and a map, the attention layer
-    channels: int      # 0: one per token
+    channels: int      # 0: one per token, -1: one per place
     scale: int         # how often the grid of the latents was halved
     part: nn.Module    # the block, or the residual or transformer block, that it belongs to
+    take: Callable[[Any], Tensor] = _first  # the module's output → (B,C,h,w), or (B, h·w, C)
+    processor: Callable[[Callable[[Tensor], None]], Any] | None = None  # of a map; None: `MapProcessor`
+    before: bool = False  # what the module is given instead of its output
 
 # %% ../nbs/library/03_hooks.ipynb #049556a2
 def _layer_places(
@@ -157,23 +259,23 @@ def _layer_places(
     layer: Attention,  # without its residual connection
     scale: int,
     part: nn.Module,
-) -> Iterator[tuple[str, _Place]]:
+) -> Iterator[tuple[str, Place]]:
     "Yield the places of an attention layer, in the order in which they are computed."
     cross = layer.is_cross_attention
     for letter in "q" if cross else "qkv":
         width = getattr(layer, f"to_{letter}").out_features
-        yield f"{name}.{letter}", _Place(letter, layer, width, scale, part)
+        yield f"{name}.{letter}", Place(letter, layer, width, scale, part)
     if cross:
-        yield f"{name}.map", _Place("map", layer, 0, scale, part)
+        yield f"{name}.map", Place("map", layer, 0, scale, part)
     kind = "attention.cross" if cross else "attention.self"
-    yield name, _Place(kind, layer, layer.out_dim, scale, part)
+    yield name, Place(kind, layer, layer.out_dim, scale, part)
 
 # %% ../nbs/library/03_hooks.ipynb #d8fc434b
 def _transformer_places(
     name: str,  # as "up1.attn0"
     part: Any,  # diffusers' Transformer2DModel, or an attention layer that stands alone
     scale: int,
-) -> Iterator[tuple[str, _Place]]:
+) -> Iterator[tuple[str, Place]]:
     "Yield the places of a transformer block, in the order in which they are computed."
     layers = getattr(part, "transformer_blocks", ())
     for j, layer in enumerate(layers):
@@ -183,25 +285,25 @@ def _transformer_places(
         for i, (kind, attention) in enumerate(zip(kinds, attentions, strict=True)):
             number = i if kinds.count(kind) > 1 else ""
             yield from _layer_places(f"{at}.{kind}{number}", attention, scale, part)
-        yield f"{at}.mlp", _Place("mlp", layer.ff, layer.ff.net[-1].out_features, scale, part)
-    yield name, _Place("attention", part, getattr(part, "out_channels", 0) or part.out_dim, scale, part)
+        yield f"{at}.mlp", Place("mlp", layer.ff, layer.ff.net[-1].out_features, scale, part)
+    yield name, Place("attention", part, getattr(part, "out_channels", 0) or part.out_dim, scale, part)
 
 # %% ../nbs/library/03_hooks.ipynb #81189376
 def unet_places(
     unet: UNet2DConditionModel,
-) -> dict[str, _Place]:  # by name, in the order of the pass
+) -> dict[str, Place]:  # by name, in the order of the pass
     "Return every place that can be tapped. Raises VermouthError for another number of blocks."
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     scale, widths = 0, list(unet.config.block_out_channels)
     for width, (name, block) in zip([*widths, widths[-1], *widths[::-1]], unet_blocks(unet).items(), strict=True):
         parts = zip_longest(getattr(block, "resnets", None) or (), getattr(block, "attentions", None) or ())
         for i, (resnet, attention) in enumerate(parts):
             if resnet is not None:
-                places[f"{name}.resnet{i}"] = _Place("resnet", resnet, resnet.out_channels, scale, resnet)
+                places[f"{name}.resnet{i}"] = Place("resnet", resnet, resnet.out_channels, scale, resnet)
             if attention is not None:
                 places |= _transformer_places(f"{name}.attn{i}", attention, scale)
         scale += bool(getattr(block, "downsamplers", None)) - bool(getattr(block, "upsamplers", None))
-        places[name] = _Place("block", block, width, scale, block)
+        places[name] = Place("block", block, width, scale, block)
     return places
 
 # %% ../nbs/library/03_hooks.ipynb #ef8983a0
@@ -214,36 +316,37 @@ class Taps(tuple[Tap, ...]):
 
 # %% ../nbs/library/03_hooks.ipynb #28e7b1c9
 def list_taps(
-    unet: UNet2DConditionModel,
+    places: Mapping[str, Place],
     grid: tuple[int, int],  # (height, width) of the latents
     tokens: int,            # length of the caption
 ) -> Taps:                  # in the order of the pass
-    "Return every place that can be tapped, with its shape. Raises VermouthError for another number of blocks."
+    "Return places with their shapes."
     height, width = grid
     return Taps(
         Tap(name, place.kind, (place.channels or tokens, height >> place.scale, width >> place.scale), i)
-        for i, (name, place) in enumerate(unet_places(unet).items())
+        for i, (name, place) in enumerate(places.items())
     )
 
 # %% ../nbs/library/03_hooks.ipynb #ce60da7f
 class MapProcessor:
-    "Cross-attention with an explicit softmax, whose average over heads is passed to `save`."
+    "Attention with an explicit softmax, whose average over heads is passed to `save`."
 
-    def __init__(self, save: Callable[[Tensor], None]):  # takes (B, h·w, T) float32
+    def __init__(self, save: Callable[[Tensor], None]):  # takes (B, h·w, T) float32, of self-attention (B, h·w, h·w)
         self.save = save
 
     def __call__(
         self,
-        attn: Attention,                       # the layer, with its own projections
-        hidden_states: Tensor,                 # (B, h·w, D) features of the pixels: queries
-        encoder_hidden_states: Tensor,         # (B,T,D) features of the tokens: keys and values
-        attention_mask: Tensor | None = None,  # (B,1,T) bias added to the scores
+        attn: Attention,                               # the layer, with its own projections
+        hidden_states: Tensor,                         # (B, h·w, D) features of the pixels: queries
+        encoder_hidden_states: Tensor | None = None,   # (B,T,D) of the tokens: keys and values; None: of the pixels
+        attention_mask: Tensor | None = None,          # (B,1,T) bias added to the scores
         **kwargs,
-    ) -> Tensor:                               # (B, h·w, D)
-        mask = attention_mask
+    ) -> Tensor:                                       # (B, h·w, D)
+        own, mask = encoder_hidden_states is None, attention_mask
+        encoder_hidden_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, encoder_hidden_states.shape[1], len(hidden_states))
-        if attn.norm_cross:
+        if attn.norm_cross and not own:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key, value = (attn.head_to_batch_dim(project(encoder_hidden_states)) for project in (attn.to_k, attn.to_v))
@@ -288,7 +391,7 @@ class _Changes:
 class _Pass:
     "What one pass of the U-Net keeps; once started, the U-Net carries its hooks and processors."
 
-    def __init__(self, places: dict[str, _Place]):
+    def __init__(self, places: dict[str, Place]):
         self.places, self.missing, self.outputs = places, set(places), dict[str, Tensor]()
         self.thread, self.changes = threading.get_ident(), _Changes()
         self.open = threading.Lock()  # held while the pass may go on; no interrupt keeps it from being freed
@@ -303,12 +406,15 @@ class _Pass:
             raise _EarlyExit
 
     def keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        self.keep(name, output[0] if isinstance(output, tuple) else output)  # down blocks also return their skips
+        place = self.places[name]
+        self.keep(name, place.take(args[0] if place.before else output))
 
     def start(self) -> None:
-        for name, (kind, module, _, _, part) in self.places.items():
+        for name, place in self.places.items():
+            kind, module, part = place.kind, place.module, place.part
             if kind == "map":
-                self.changes.set(module, "processor", MapProcessor(partial(self.keep, name)))
+                processor = place.processor or MapProcessor
+                self.changes.set(module, "processor", processor(partial(self.keep, name)))
                 continue
             if part._compiled_call_impl:  # compiled code does not call hooks that came later
                 self.changes.set(part, "_compiled_call_impl", None)
@@ -332,44 +438,52 @@ def _undo_others() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_undo_others)
 
+# %% ../nbs/library/03_hooks.ipynb #e7f279df
+def self_map(
+    place: Place,  # a self-attention layer
+) -> Place:
+    "Return the place of the layer's map, which is too large to be listed among those of every U-Net."
+    return place._replace(kind="map", channels=-1)
+
 # %% ../nbs/library/03_hooks.ipynb #35f42292
-def find_places(
-    unet: UNet2DConditionModel,
+def find_in(
+    places: Mapping[str, Place],
     names: Iterable[str],  # of places
-) -> dict[str, _Place]:    # each once
-    "Return places by name. Raises VermouthError for a name that this U-Net does not have."
-    places, found = unet_places(unet), {}
+) -> dict[str, Place]:     # each once
+    "Return places by name. Raises VermouthError for a name that is not among them."
+    maps = {f"{name}.map": self_map(place) for name, place in places.items() if place.kind == "attention.self"}
+    known, found = maps | dict(places), {}
     for name in names:
-        if name not in places:
-            near = difflib.get_close_matches(name, places, n=3)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise VermouthError(f"stages={name!r}: no such place in this U-Net. Choose from those of taps().{hint}")
-        found[name] = places[name]
+        found[name] = known[name]
     return found
 
 # %% ../nbs/library/03_hooks.ipynb #1bf78bd3
 def map_names(
-    unet: UNet2DConditionModel,
-    level: int,  # of the pyramid: the number of an up block
-) -> list[str]:  # in the order in which they are computed
-    "Return the names of the cross-attention maps of one level. Raises VermouthError if its block has none."
-    names = [name for name, p in unet_places(unet).items() if p.kind == "map" and name.startswith(f"up{level}.")]
+    places: Mapping[str, Place],
+    block: str,           # as "up1"
+    kind: str = "cross",  # or "self"
+) -> list[str]:           # in the order in which they are computed
+    "Return the names of the attention maps of one block. Raises VermouthError if the block has none."
+    layers = [name for name, p in places.items() if p.kind == f"attention.{kind}"]
+    names = [f"{name}.map" for name in layers if name.startswith(f"{block}.")]
     if not names:
-        raise VermouthError(f"attention: up block {level} of this U-Net reads no caption. Pass attention=().")
+        raise VermouthError(f"attention: {block} of this U-Net has no {kind}-attention. Pass attention=().")
     return names
 
 # %% ../nbs/library/03_hooks.ipynb #51096f8e
 @contextmanager
-def tapped(
-    unet: UNet2DConditionModel,  # restored afterwards
-    names: Iterable[str],        # places whose outputs to keep; none for a whole pass
-    levels: Iterable[int] = (),  # up blocks whose cross-attention maps to keep, too
+def tapped_places(
+    model: nn.Module,          # a denoiser, restored afterwards
+    places: dict[str, Place],  # of it, whose outputs to keep; none for a whole pass
 ) -> Iterator[dict[str, Tensor]]:  # filled by the pass: (B,C,h,w), (B, h·w, C) inside transformer blocks
     "Keep what one forward pass computes at these places, and end the pass after the last of them."
-    maps = [name for level in levels for name in map_names(unet, level)]
-    this = _Pass(find_places(unet, [*names, *maps]))
-    with lock_of(unet), this.open:
-        passes = _passes.setdefault(unet, [])
+    this = _Pass(places)
+    with lock_of(model), this.open:
+        passes = _passes.setdefault(model, [])
         while passes and not passes[-1].open.locked():  # an interrupt came just when it ended
             passes.pop().changes.undo()
         outer = passes[-1] if passes else None
@@ -386,60 +500,119 @@ def tapped(
             if outer:
                 outer.start()
 
+# %% ../nbs/library/03_hooks.ipynb #be79f5b1
+def tapped(
+    unet: UNet2DConditionModel,  # restored afterwards
+    names: Iterable[str],        # places whose outputs to keep; none for a whole pass
+    levels: Iterable[int] = (),  # up blocks whose cross-attention maps to keep, too
+) -> AbstractContextManager[dict[str, Tensor]]:  # as `tapped_places`
+    "Keep what one forward pass of a U-Net computes at named places, and end the pass after the last of them."
+    places = unet_places(unet)
+    maps = [name for level in levels for name in map_names(places, f"up{level}")]
+    return tapped_places(unet, find_in(places, [*names, *maps]))
+
 # %% ../nbs/library/03_hooks.ipynb #a0b1441a
 def attention_map(
-    outputs: dict[str, Tensor],  # filled by `tapped`
-    level: int,                  # whose layers to average
-    grid: tuple[int, int],       # (height, width) of the level
-) -> Tensor:                     # (B,T,*grid) float32, sums to one over T
-    "Return the cross-attention map of one level."
-    maps = [value for name, value in outputs.items() if re.fullmatch(rf"up{level}\..*\.map", name)]
-    return torch.stack(maps).mean(0).mT.unflatten(2, grid)
+    outputs: Mapping[str, Tensor],  # filled by `tapped`
+    names: Sequence[str],           # of the maps to average, which have one size
+    grid: Sequence[int],            # their (height, width)
+) -> Tensor:                     # (B,T,*grid) float32, sums to one over T; of self-attention (B,h·w,*grid)
+    "Return the attention map of one level."
+    return torch.stack([outputs[name] for name in names]).mean(0).mT.unflatten(2, list(grid))
 
 # %% ../nbs/library/03_hooks.ipynb #c60e6ed4
+def place_grid(
+    place: Place,
+    grid: Sequence[int],  # (height, width) of the latents
+) -> list[int]:           # those of the place
+    "Return the sides of a place's map."
+    return [side >> place.scale for side in grid]
+
+
+def place_map(
+    value: Tensor,        # (B,C,h,w), or (B, h·w, C) inside a transformer block
+    place: Place,
+    grid: Sequence[int],  # (height, width) of the latents
+) -> Tensor:              # (B,C,h,w)
+    "Return what a place has computed, as a map."
+    return value if value.ndim == 4 else value.mT.unflatten(2, place_grid(place, grid))
+
+# %% ../nbs/library/03_hooks.ipynb #e477f9f7
 def place_maps(
-    unet: UNet2DConditionModel,  # frozen
-    latents: Tensor,             # (B,C,h,w), noised to `timestep`; h and w multiples of 8
-    timestep: int | Tensor,      # time step of the latents
-    context: Tensor,             # (B,T,D) encoder hidden states of the captions
-    names: Sequence[str],        # of places
-) -> list[Tensor]:               # (B,C,h,w) each, in the order of the names
-    "Return what one pass computes at some places. Raises VermouthError for a place that the U-Net does not compute."
-    places, features = find_places(unet, names), []
-    with tapped(unet, names) as outputs:
-        unet(latents, timestep, encoder_hidden_states=context)
+    model: nn.Module,             # frozen
+    places: Mapping[str, Place],  # of it
+    run: Callable[[], Any],       # one pass
+    names: Sequence[str],         # of places
+    grid: Sequence[int],          # (height, width) of the latents
+    dtype: torch.dtype,           # of the result
+) -> list[Tensor]:                # (B,C,h,w) each, in the order of the names
+    "Return what one pass computes at some places. Raises VermouthError for a place that the model does not compute."
+    found, features = find_in(places, names), []
+    with tapped_places(model, found) as outputs:
+        run()
     for name in names:
         if name not in outputs:
             raise VermouthError(f"stages={name!r}: attention is computed in another way here. Choose another place.")
-        grid = [side >> places[name].scale for side in latents.shape[-2:]]
-        value = outputs[name].to(latents.dtype)
-        features.append(value if value.ndim == 4 else value.mT.unflatten(2, grid))
+        features.append(place_map(outputs[name].to(dtype), found[name], grid))
+    return features
+
+# %% ../nbs/library/03_hooks.ipynb #41deb0b9
+def level_maps(
+    places: Mapping[str, Place],
+    table: StageTable,
+    attention: str | Iterable[str] | None,  # selectors
+    levels: int,                            # of the pyramid
+) -> list[list[list[str]]]:                 # level → cross-attention, then self-attention → names of its maps
+    "Return the maps that each level averages. Raises VermouthError for a block without them."
+    found: list[list[list[str]]] = [[] for _ in range(levels)]
+    for kind in KINDS:
+        for level, blocks in attention_blocks(attention, kind, table).items():
+            if level < levels:
+                found[level].append([name for block in blocks for name in map_names(places, block, kind)])
+    return found
+
+# %% ../nbs/library/03_hooks.ipynb #a2763565
+def read_pyramid(
+    model: nn.Module,             # a frozen denoiser of any kind
+    places: Mapping[str, Place],  # of it
+    table: StageTable,            # of its kind
+    run: Callable[[], Any],       # one pass
+    grid: Sequence[int],          # (height, width) of the latents
+    dtype: torch.dtype,           # of the result
+    stages: str | Iterable[str] = ("mid", "up"),            # a row of the table, or names of places
+    attention: str | Iterable[str] | None = ("up_cross",),  # maps to append to a row's levels
+) -> list[Tensor]:                # (B,C,h,w) each, lowest resolution first; of places, in their order
+    "Return the features of one pass, which ends after the last block needed."
+    if names := place_names(stages):
+        return place_maps(model, places, run, names, grid, dtype)
+    rows = stage_rows(stages, table)
+    wanted = level_maps(places, table, attention, len(rows))
+    found = find_in(places, [*_block_names(" ".join(rows)), *chain(*chain(*wanted))])
+    with tapped_places(model, found) as outputs:
+        run()
+    features = []
+    for row, scale, maps in zip(rows, table.scales, wanted, strict=False):
+        sides = [side >> scale for side in grid]
+        levels = []
+        for blocks in _terms(row):
+            several = [resize_maps(place_map(outputs[name], found[name], grid), sides) for name in blocks]
+            levels.append(torch.stack(several).mean(0) if len(several) > 1 else several[0])
+        for layers in maps:
+            average = attention_map(outputs, layers, place_grid(found[layers[0]], grid))
+            levels.append(resize_maps(average, sides).to(levels[0].dtype))
+        features.append(torch.cat(levels, 1))
     return features
 
 # %% ../nbs/library/03_hooks.ipynb #26195a2c
 def pyramid(
-    unet: UNet2DConditionModel,  # frozen; four blocks each way
-    latents: Tensor,             # (B,C,h,w), noised to `timestep`; h and w multiples of 8
+    unet: UNet2DConditionModel,  # frozen; four or three blocks each way
+    latents: Tensor,             # (B,C,h,w), noised to `timestep`; h and w multiples of 8, or 4
     timestep: int | Tensor,      # time step of the latents
     context: Tensor,             # (B,T,D) encoder hidden states of the captions
     stages: str | Iterable[str] = ("mid", "up"),            # a row of `STAGE_SETS`, or names of places
     attention: str | Iterable[str] | None = ("up_cross",),  # maps to append to a row's levels
 ) -> list[Tensor]:               # (B,C,h,w) each, lowest resolution first; of places, in their order
-    "Return the features of one pass of the U-Net, which ends after the last block needed."
-    if names := place_names(stages):
-        return place_maps(unet, latents, timestep, context, names)
-    rows = stage_rows(stages)
-    levels = [level for level in attention_levels(attention) if level < len(rows)]
-    height, width = latents.shape[-2:]
-    grids = [(height >> (3 - level), width >> (3 - level)) for level in range(4)]
-    with tapped(unet, _block_names(" ".join(rows)), levels) as outputs:
-        unet(latents, timestep, encoder_hidden_states=context)
-    features = []
-    for level, row in enumerate(rows):
-        maps = [resize_maps(outputs[name], grids[level]) for name in _block_names(row)]
-        if row.startswith("mean"):
-            maps = [torch.stack(maps).mean(0)]
-        if level in levels:
-            maps.append(attention_map(outputs, level, grids[level]).to(maps[0].dtype))
-        features.append(torch.cat(maps, 1))
-    return features
+    "Return the features of one pass of a U-Net, which ends after the last block needed."
+    places, table = unet_places(unet), TABLES[len(unet.up_blocks)]
+    run = partial(unet, latents, timestep, encoder_hidden_states=context)
+    return read_pyramid(unet, places, table, run, latents.shape[-2:], latents.dtype, stages, attention)

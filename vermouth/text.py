@@ -16,21 +16,14 @@ from functools import cached_property
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, snapshot_download
-from open_clip.coca_model import MultimodalCfg
-from open_clip.pretrained import download_pretrained
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
 # %% ../nbs/library/08_text.ipynb #fff56dba
 from vermouth.checkpoint import (
@@ -54,8 +47,22 @@ from vermouth.core import (
     lock_of,
     map_batches,
     pick_device,
+    spent_on,
+    without_compiler,
+    without_memory,
 )
 from .images import ImageLike, Images, ValueRange, bicubic_image, flatten, image_list, image_tensor
+
+with without_compiler():
+    import open_clip
+    import timm
+    from open_clip.coca_model import MultimodalCfg
+    from open_clip.pretrained import download_pretrained
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+if TYPE_CHECKING:  # seconds, which only a captioner needs
+    from transformers import BlipForConditionalGeneration, BlipProcessor
 
 # %% ../nbs/library/08_text.ipynb #bc8e5f5d
 def _pil(
@@ -127,7 +134,8 @@ class CaptionSettings:
 # %% ../nbs/library/08_text.ipynb #69c3a2f8
 CAPTIONS: dict[str, dict[str, Any]] = {  # of `load_captioner`, by protocol; the paper's images have 256 pixels a side
     "ours": {},
-    "paper": {"beams": 1, "prefix": "a picture of", "max_new_tokens": 10},
+    # the released code allows 10 tokens, of which the prefix and the one before it are four
+    "paper": {"beams": 1, "prefix": "a picture of", "max_new_tokens": 6},
 }
 
 # %% ../nbs/library/08_text.ipynb #59289367
@@ -136,15 +144,15 @@ class Captioner:
 
     def __init__(
         self,
-        model: BlipForConditionalGeneration,
-        processor: BlipProcessor,
+        model: "BlipForConditionalGeneration",
+        processor: "BlipProcessor",
         name: str,
         settings: CaptionSettings = CaptionSettings(),
     ):
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
         self.settings = settings
 
-    @torch.inference_mode()
+    @spent_on("reading")
     def __call__(
         self,
         images: Images,        # one image or many, of any sizes: paths, PIL images, uint8 arrays, tensors in [-1,1]
@@ -164,7 +172,8 @@ class Captioner:
             tokens = self.model.generate(num_beams=self.settings.beams, do_sample=False, max_new_tokens=most, **given)
             return [c.strip() for c in self.processor.batch_decode(tokens[:, begun:], skip_special_tokens=True)]
 
-        return [c for part in map_batches(caption, len(images), batch_size) for c in part]
+        with frozen(self.model.device):
+            return [c for part in map_batches(caption, len(images), batch_size) for c in part]
 
 # %% ../nbs/library/08_text.ipynb #5ee957e3
 def _blip_inputs(
@@ -195,7 +204,7 @@ def shrink_picture(captioner: Captioner, picture: Image.Image) -> Image.Image:
 def _load_blip(
     what: str,      # begins the message, as "captioner='folder'"
     folder: Path,   # with configuration and weights
-) -> BlipForConditionalGeneration:
+) -> "BlipForConditionalGeneration":
     "A BLIP of a folder. Raises VermouthError for another model, and for weights that are missing or do not fit."
     settings = read_json(folder / "config.json", f"{what}: config.json")
     if (kind := settings.get("model_type")) != "blip":
@@ -205,8 +214,10 @@ def _load_blip(
         raise VermouthError(f"{what}: no weights in safetensors format; pickled ones are not read. Pass another one.")
     sizes = read_sizes(paths)
     check_counts(f"{what}: config.json", settings, len(sizes))
+    from transformers import BlipConfig, BlipForConditionalGeneration, GenerationConfig
+
     config = BlipConfig.from_dict(without_kernels(settings))
-    with torch.device("meta"):
+    with without_memory():
         empty = BlipForConditionalGeneration(config)
     check_total(f"{what}: config.json", empty, sizes)
     names = plain_names(f"{what}:", sizes, empty.state_dict())
@@ -240,6 +251,8 @@ def load_captioner(
             place = Path(snapshot_download(str(name), allow_patterns=wanted))
         with no_loading_bars():
             model = _load_blip(f"captioner={str(name)!r}", place)
+        from transformers import BlipProcessor
+
         processor = BlipProcessor.from_pretrained(place, trust_remote_code=False)
     except VermouthError:
         raise
@@ -361,6 +374,8 @@ def _published_clip(
         # OpenAI's models were trained with an approximate GELU, which the architecture's name alone does not say
         config["quick_gelu"] = True
     if tower := config["text_cfg"].get("hf_model_name"):
+        from transformers import AutoConfig
+
         AutoConfig.from_pretrained(tower, trust_remote_code=False)  # raises for a text tower with code of its own
     return _ClipFiles(config, path, config["text_cfg"].get("hf_tokenizer_name", ""), source)
 
@@ -412,7 +427,7 @@ def _read_clip(
     "The model with its weights. Raises VermouthError for NaN, and a configuration that asks for more than there is."
     sizes = read_sizes([found.weights])
     check_counts(f"{what} config", found.config, len(sizes))
-    with torch.device("meta"):
+    with without_memory():
         check_total(f"{what} config", _make_clip(found.config), sizes)
     model = _make_clip(found.config)
     open_clip.load_checkpoint(model, str(found.weights))  # safetensors: other kinds of files are refused before
@@ -440,7 +455,8 @@ def load_clip(
     return Clip(model, tokenizer, preprocess, str(name))
 
 # %% ../nbs/library/08_text.ipynb #11cfd7d0
-CLIPS = {768: "ViT-L-14/openai", 1024: "ViT-H-14/laion2b_s32b_b79k"}  # SD 1.x, SD 2.x
+# SD 1.x, SD 2.x, SDXL; of transformers, most have the first beside T5
+CLIPS = {768: "ViT-L-14/openai", 1024: "ViT-H-14/laion2b_s32b_b79k", 2048: "ViT-L-14/openai"}
 
 # %% ../nbs/library/08_text.ipynb #ed3685e1
 def clip_for(
@@ -463,9 +479,11 @@ def clip_for(
 def _text_width(
     backbone: str | Path,  # a folder in diffusers format, or a hub id
 ) -> int:
-    "The U-Net's `cross_attention_dim`."
+    "The U-Net's `cross_attention_dim`; of a folder with a transformer, that of Stable Diffusion 1.x."
     try:
         folder = Path(backbone).is_dir()
+        if folder and (Path(backbone) / "transformer/config.json").is_file():
+            return 768
         config = Path(backbone) / "unet/config.json" if folder else hf_hub_download(str(backbone), "unet/config.json")
     except (OSError, ValueError) as e:
         raise VermouthError(
@@ -560,6 +578,7 @@ def text_embeddings(
     return F.normalize(raw_text_embeddings(texts, clip, batch_size), dim=-1)
 
 # %% ../nbs/library/08_text.ipynb #cd094f03
+@spent_on("reading")
 @torch.inference_mode()
 def image_embeddings(
     images: Images,        # one image or many, of any sizes: paths, PIL images, uint8 arrays, tensors in [-1,1]
@@ -647,6 +666,19 @@ def class_embeddings(
     "The classifier's weights: per name the mean over templates, normalised. Raises VermouthError for repeated names."
     return F.normalize(_template_means(names, clip, templates, average, project), dim=-1)
 
+# %% ../nbs/library/08_text.ipynb #0107ed6d
+def first_alike(
+    embeddings: Tensor,        # (K,D) of class names, of any length
+    threshold: float = 0.999,  # cosine above which two names are the same to the text tower
+) -> list[int]:                # K numbers: of the first name that looks the same, or the name's own
+    "Return which names the text tower cannot tell from an earlier one, and from which."
+    unit, first = F.normalize(embeddings.float(), dim=-1), []
+    for start in range(0, len(unit), 1024):  # rows at a time: tens of thousands of names fit, too
+        same = unit[start : start + 1024] @ unit.T > threshold
+        same[:, start:].fill_diagonal_(True)
+        first += same.int().argmax(1).tolist()
+    return first
+
 # %% ../nbs/library/08_text.ipynb #824140fe
 def check_distinct(
     names: Sequence[str],       # K class names
@@ -654,13 +686,10 @@ def check_distinct(
     threshold: float = 0.999,   # cosine above which two names are the same to the text tower
 ) -> None:
     "Raise VermouthError for two class names that the text tower cannot tell apart."
-    unit = F.normalize(embeddings.float(), dim=-1)
-    for start in range(0, len(unit), 1024):  # rows at a time: tens of thousands of names fit, too
-        same = (unit[start : start + 1024] @ unit.T > threshold).triu(start + 1)
-        if same.any():
-            i, j = same.nonzero()[0].tolist()
+    for i, first in enumerate(first_alike(embeddings, threshold)):
+        if first < i:
             raise VermouthError(
-                f"names: {names[start + i]!r} and {names[j]!r} look the same to this CLIP. Use other words for one."
+                f"names: {names[first]!r} and {names[i]!r} look the same to this CLIP. Use other words for one."
             )
 
 # %% ../nbs/library/08_text.ipynb #2bf4b1cd

@@ -7,13 +7,15 @@ __all__ = ['images_read', 'bytes_per_image', 'hours', 'cost_table']
 
 # %% ../../nbs/experiments/03_costs.ipynb #e62c4874
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vermouth.core import VermouthError, choose, write_atomic
-from vermouth.hooks import pyramid_dims
+from vermouth.families.adapters import SIZES, family_of
+from vermouth.families.base import Family, random_parts
 
 # %% ../../nbs/experiments/03_costs.ipynb #d1e1a84f
 SKETCHES_AND_PHOTOS = {
@@ -42,25 +44,37 @@ VALIDATION = {"ade150": 2_000, "ade847": 2_000, "pc59": 5_105, "pc459": 5_105, "
 PAGES = {"sbir": "10_sbir", "fewshot": "11_fewshot", "segmentation": "12_segmentation"}
 _SIDE = {"sbir": 256, "fewshot": 256, "segmentation": 512}  # pixels, the paper's
 
+# %% ../../nbs/experiments/03_costs.ipynb #f1f2f5ac
+def _views(config: dict[str, Any]) -> int:
+    "How many views of a training image segmentation reads: under the paper's protocol another one in every epoch."
+    return config["epochs"] if config.get("protocol") == "paper" else 1
+
 # %% ../../nbs/experiments/03_costs.ipynb #d1c187b6
 def images_read(
     task: str,               # "sbir", "fewshot" or "segmentation"
     config: dict[str, Any],  # a page's parameters; dataset, and for few shots: shots and seed
 ) -> int:
-    "How many different images one method reads, at most. Raises VermouthError for an unknown task or data set."
+    "How many different images, or views of them, one method reads, at most. Raises VermouthError for unknown names."
     dataset = config["dataset"]
     if choose("task", task, PAGES) == "sbir":
         return SKETCHES_AND_PHOTOS[choose("dataset", dataset, SKETCHES_AND_PHOTOS)]
     if task == "segmentation":
         training = TRAINING[choose("dataset", dataset[0], TRAINING)]
-        return training + sum(VALIDATION[choose("dataset", name, VALIDATION)] for name in dataset[1:])
+        return training * _views(config) + sum(VALIDATION[choose("dataset", name, VALIDATION)] for name in dataset[1:])
     classes, test = CLASSES_AND_TEST[choose("dataset", dataset, CLASSES_AND_TEST)]
     # a seed's smaller sets of shots are parts of its largest; two seeds may draw the same images
     return classes * max(config["shots"]) * len(config["seed"]) + test
 
 # %% ../../nbs/experiments/03_costs.ipynb #40004f81
-# Stable Diffusion 1.x: U-Net channels, caption tokens, pixels per latent
-_WIDTHS, _TOKENS, _LATENT = (320, 640, 1280, 1280), 77, 8
+@cache
+def _layout(
+    model: str,  # a published size
+) -> Family:     # whose models have no numbers
+    "The adapter of a published size. Raises VermouthError for an unknown one."
+    choose("model", model, SIZES)
+    return family_of(model)(random_parts(family_of(model), model, device="meta"))
+
+
 # channels, and image pixels per pixel of the map
 _EXPERTS = {"": (), "resnet18": ((512, 32), (256, 16), (128, 8))}
 
@@ -70,10 +84,12 @@ def bytes_per_image(
     stages: str | Iterable[str] = ("mid", "up"),
     attention: str | Iterable[str] | None = ("up_cross",),
     expert: str = "",  # "resnet18", or "" for none; its maps are stored, too
+    model: str = "sd1",  # a published size: "sd2.1", "sdxl", …
 ) -> int:
-    "Half-precision bytes of one image's stored features, with Stable Diffusion 1.x."
-    dims = pyramid_dims(_WIDTHS, _TOKENS, stages, attention)
-    maps = [(c, side // _LATENT // 8 * 2**level) for level, c in enumerate(dims)]
+    "Half-precision bytes of one image's stored features."
+    family, latents = _layout(model), side // _layout(model).factor
+    dims = family.dims(stages, attention, (latents, latents))
+    maps = [(c, latents >> scale) for c, scale in zip(dims, family.table.scales)]
     maps += [(c, side // stride) for c, stride in _EXPERTS[choose("expert", expert, _EXPERTS)]]
     return 2 * sum(channels * s * s for channels, s in maps)
 
@@ -97,7 +113,7 @@ def _costs(
 ) -> tuple[int, int, int]:
     "Images that are read, images that are stored, and bytes of each stored image."
     read = images_read(task, config)
-    stored = TRAINING[config["dataset"][0]] if task == "segmentation" else read
+    stored = (TRAINING[config["dataset"][0]] if _views(config) == 1 else 0) if task == "segmentation" else read
     expert = config.get("expert", "")
     return read, stored, bytes_per_image(_SIDE[task], config["stages"], config["attention"], expert)
 
@@ -112,11 +128,13 @@ def _header(
     took = " or ".join(f"{hours(passes, rate):.1f} h at {rate}" for rate in _RATES)
     lines = [
         f"papermill nbs/{PAGES[task]}.ipynb out.ipynb -f configs/{name}.yaml -p root FOLDER",
-        f"{passes:,} passes for one method, each image once at {_SIDE[task]} px. "
+        f"{passes:,} passes for one method, each image{'' if stored else ' or view'} once at {_SIDE[task]} px. "
         f"GPU hours = passes / (3600 x images per second): {took}.",
         "Images per second: not measured on a GPU. Baselines with passes of their own come on top, and captions.",
         f"Disk for kept features: at most {stored * size / 1e9:,.0f} GB = {stored:,} images x "
-        f"{size / 1e6:.2f} MB (half precision).",
+        f"{size / 1e6:.2f} MB (half precision)."
+        if stored
+        else "No features are kept: views are read whenever a batch asks for them.",
     ]
     return "".join(f"# {line}\n" for line in lines)
 
