@@ -9,13 +9,15 @@ __all__ = ['Renders', 'Schedule', 'fit']
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,6 +58,19 @@ class Renders:
         "All images in order, the last batch may be smaller."
         return (self.batch(slice(i, i + batch_size)) for i in range(0, len(self), batch_size))
 
+# %% ../../nbs/pretrain/00_common.ipynb #57b7c265
+Job = tuple[str, str, int, int, int]  # kind, split, images of the kind, world, first image
+
+
+def _jobs(n: int, mixture: dict[str, float], split: str, seed: int) -> list[Job]:
+    "Parts of at most 500 images of one kind."
+    return [
+        (kind, split, count, seed, start)
+        for kind, share in mixture.items()
+        for count in [max(1, round(n * share))]
+        for start in range(0, count, 500)
+    ]
+
 # %% ../../nbs/pretrain/00_common.ipynb #cae4c4a5
 def render(
     n: int,                               # images in all
@@ -65,12 +80,7 @@ def render(
     workers: int = 2,                     # processes that render
 ) -> Renders:                             # in order of kind
     "Images of the Toybox world, rendered in parallel where there are many."
-    jobs = [
-        (kind, split, count, seed, start)
-        for kind, share in mixture.items()
-        for count in [max(1, round(n * share))]
-        for start in range(0, count, 500)
-    ]
+    jobs = _jobs(n, mixture, split, seed)
     if n < 2000:
         parts = list(map(_render_part, jobs))
     else:
@@ -80,11 +90,38 @@ def render(
     return Renders(np.concatenate(images), np.concatenate(labels), sum(captions, []))
 
 # %% ../../nbs/pretrain/00_common.ipynb #d1d4012d
-def _render_part(job: tuple[str, str, int, int, int]) -> tuple[np.ndarray, list[int], list[str]]:
+def _render_part(job: Job) -> tuple[np.ndarray, list[int], list[str]]:
     kind, split, n, seed, start = job
     world = Toybox(kind, split, n, seed)
     items = [world[i] for i in range(start, min(n, start + 500))]
     return np.stack([np.asarray(x.image) for x in items]), [x.label for x in items], [x.caption for x in items]
+
+# %% ../../nbs/pretrain/00_common.ipynb #e0b6064a
+class RenderAhead:
+    "Images of all kinds in parts of at most 500, rendered by other processes while the caller trains."
+
+    def __init__(self, n: int, workers: int = 2, seed: int = PRETRAIN_SEED):
+        jobs = _jobs(n, MIXTURE, "all", seed)
+        self.jobs = iter([jobs[i] for i in np.random.default_rng(seed).permutation(len(jobs))])
+        self.pool, self.ahead, self.waiting = ProcessPoolExecutor(workers), 4 * workers, deque[Future]()
+
+    def __enter__(self) -> "RenderAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def take(self, most: int, wait: bool = False) -> list[Renders]:
+        "At most so many parts: those that are ready, or the next ones."
+        parts: list[Renders] = []
+        while len(parts) < most:
+            for job in islice(self.jobs, self.ahead - len(self.waiting)):
+                self.waiting.append(self.pool.submit(_render_part, job))
+            if not self.waiting or not (wait or self.waiting[0].done()):
+                break
+            images, labels, captions = self.waiting.popleft().result()
+            parts.append(Renders(images, np.array(labels), captions))
+        return parts
 
 # %% ../../nbs/pretrain/00_common.ipynb #f7810cb2
 def fresh_renders(n: int, kind: str, split: str = "all") -> Renders:
@@ -227,6 +264,89 @@ def fit(
             checkpoint.save(step, time.time() - started)
             rows, saved = [], time.time()
     return average
+
+# %% ../../nbs/pretrain/00_common.ipynb #56803093
+class DeviceStep(Generic[Model]):
+    "One optimiser step, and one of the average, that needs nothing from the CPU."
+
+    def __init__(self, model: Model, draw: Callable[[Model], dict[str, Tensor]], s: Schedule):
+        self.model, self.draw, self.s = model, draw, s
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.ours: list[Tensor] = list(model.parameters())
+        self.theirs: list[Tensor] = list(self.average.parameters())
+        self.device = self.ours[0].device
+        gpu, self.lr = self.device.type == "cuda", torch.tensor(s.lr, device=self.device)
+        self.optimiser = torch.optim.AdamW(
+            self.ours, self.lr, (0.9, 0.98), weight_decay=s.weight_decay, capturable=gpu, foreach=gpu
+        )
+        steps = range(s.steps)
+        self.lrs = torch.tensor([s.lr_at(i) for i in steps], device=self.device)
+        self.decays = torch.tensor([min(s.ema, (1 + i) / (10 + i)) for i in steps], device=self.device)
+        self.count = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.sums: dict[str, Tensor] = {}  # of each loss since it was last read
+
+    def __call__(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            losses = self.draw(self.model)
+        next(iter(losses.values())).backward()
+        nn.utils.clip_grad_norm_(self.ours, self.s.clip)
+        self.lr.copy_(self.lrs.index_select(0, self.count)[0])
+        self.optimiser.step()
+        with torch.no_grad():
+            decay = self.decays.index_select(0, self.count)[0]
+            torch._foreach_mul_(self.theirs, decay)
+            torch._foreach_add_(self.theirs, list(torch._foreach_mul(self.ours, 1 - decay)))
+            self.count += 1
+            for name, loss in losses.items():
+                self.sums.setdefault(name, torch.zeros((), device=self.device)).add_(loss.detach().float())
+
+# %% ../../nbs/pretrain/00_common.ipynb #33adc280
+def _replayable(step: DeviceStep) -> Callable[[], None]:
+    "Return the step as a CUDA graph, after the five that set its memory up; on a CPU return it as it is."
+    if step.device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(min(5, step.s.steps)):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    step.optimiser.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+# %% ../../nbs/pretrain/00_common.ipynb #a2437e45
+def fit_on_device(
+    model: Model,  # on the device; trained in place
+    draw: Callable[[Model], dict[str, Tensor]],  # model → losses of a batch that it draws; the first is minimised
+    s: Schedule,
+    folder: Path,  # log.csv goes here
+    each: Callable[[int, Model], None] = lambda step, average: None,  # called after every `every` steps
+    every: int = 50,
+) -> Model:        # the averaged model, in eval mode
+    "Train as `fit` does, without a checkpoint. Raises VermouthError for a loss that is not finite."
+    torch.manual_seed(s.seed)
+    step = DeviceStep(model.train(), draw, s)
+    replay, started, rows = _replayable(step), time.time(), list[dict]()
+    done = before = int(step.count)
+    (folder / "log.csv").unlink(missing_ok=True)
+    while done < s.steps:
+        for _ in range(min(every - done % every, s.steps - done)):
+            replay()
+        done = int(step.count)
+        means = {name: round(float(total) / (done - before), 5) for name, total in step.sums.items()}
+        for total in step.sums.values():
+            total.zero_()
+        before = done
+        if not all(map(math.isfinite, means.values())):
+            raise VermouthError(f"lr={s.lr}: the loss is {means} at step {done}. Lower the learning rate.")
+        rows.append({"step": done, "seconds": round(time.time() - started, 1)} | means)
+        each(done, step.average)
+    _log(folder, rows)
+    return step.average
 
 # %% ../../nbs/pretrain/00_common.ipynb #9fbe995f
 def family_folder() -> Path:
