@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'geometry', 'photo', 'sketch', 'scene', 'ToyItem', 'render'
 # %% ../../nbs/data/01_toybox.ipynb #1642b46d
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -176,12 +176,28 @@ def part_points(
             found[i] = (centre + 1) * SIZE / 2
     return found
 
+# %% ../../nbs/data/01_toybox.ipynb #19952404
+Facts = dict[str, float | str]  # what the renderer drew, by name
+
+
+def pose(name: str, shapes: list[np.ndarray]) -> Facts:
+    "Return size and place (units of half an image), turn in degrees, and whether the instance is mirrored (0 or 1)."
+    xy = _flat(name)[0]
+    affine = np.linalg.lstsq(np.column_stack([xy, np.ones(len(xy))]), np.concatenate(shapes), rcond=None)[0]
+    linear = affine[:2].T
+    mirrored = np.linalg.det(linear) < 0
+    linear = linear * (-1, 1) if mirrored else linear
+    turn = math.degrees(math.atan2(linear[1, 0] - linear[0, 1], linear.trace()))
+    size = math.sqrt(np.linalg.det(linear))
+    x, y = affine[2].tolist()
+    return {"size": size, "x": x, "y": y, "turn": turn, "mirrored": float(mirrored)}
+
 # %% ../../nbs/data/01_toybox.ipynb #768e5020
 def photo(
     rng: np.random.Generator,              # draws everything
     name: str,                             # category
-) -> tuple[Image.Image, np.ndarray, str, np.ndarray]:  # RGB 64×64; mask (64,64) uint8: the label, elsewhere
-    # IGNORE; caption; parts' centres (P,2), as from `part_points`
+) -> tuple[Image.Image, np.ndarray, str, np.ndarray, Facts]:  # RGB 64×64; mask (64,64) uint8: the label, elsewhere
+    # IGNORE; caption; parts' centres (P,2), as from `part_points`; what was drawn
     "A photo of one object: coloured, lit, before a cluttered background, at times partly hidden."
     scale = rng.uniform(0.55, 0.85)
     word, main = _main_colour(rng, name)
@@ -189,12 +205,12 @@ def photo(
     canvas, covered, hidden = _backdrop(rng), *(Image.new("L", (2 * SIZE, 2 * SIZE)) for _ in range(2))
     draw, stencil = ImageDraw.Draw(canvas), ImageDraw.Draw(covered)
     points = np.concatenate(shapes)
-    if rng.random() < 0.5:  # a soft shadow on the ground
+    if shadow := rng.random() < 0.5:  # a soft one on the ground
         x, y, r = points[:, 0].mean(), points[:, 1].max(), np.ptp(points[:, 0]) / 2
         ground = np.array(canvas.getpixel((SIZE, 2 * SIZE - 2)))
         draw.ellipse(_canvas(np.array([[x - r, y - 0.08], [x + r, y + 0.08]])), fill=_rgb(0.6 * ground))
     _paint(rng, draw, stencil, name, shapes, main, 255, scale)
-    if rng.random() < 0.25:  # an occluder
+    if occluded := rng.random() < 0.25:
         corner = points[rng.integers(len(points))]
         blob = _blob(rng, corner, rng.uniform(0.1, 0.22))
         draw.polygon(blob, fill=_rgb(_muted(rng)))
@@ -203,13 +219,14 @@ def photo(
     inside = np.asarray(covered.reduce(2)) / 255.0
     image = _develop(rng, canvas, inside)
     mask = np.where(inside > 0.5, NAMES.index(name), IGNORE).astype(np.uint8)
-    return image, mask, _photo_caption(rng, name, word), part_points(list(shapes), hidden)
+    facts = pose(name, shapes) | {"colour": word, "shadow": float(shadow), "occluded": float(occluded)}
+    return image, mask, _photo_caption(rng, name, word), part_points(list(shapes), hidden), facts
 
 # %% ../../nbs/data/01_toybox.ipynb #e60d9172
 def sketch(
     rng: np.random.Generator,  # draws everything
     name: str,                 # category
-) -> tuple[Image.Image, str, np.ndarray]:  # RGB 64×64, dark on white; caption; parts' centres (P,2)
+) -> tuple[Image.Image, str, np.ndarray, Facts]:  # RGB 64×64, dark on white; caption; parts' centres (P,2); the rest
     "A sketch of one object, as if drawn by hand."
     scale = rng.uniform(0.6, 0.9)
     shapes = geometry(rng, name, tuple(rng.uniform(-0.12, 0.12, 2)), scale)
@@ -229,7 +246,8 @@ def sketch(
             points = np.vstack([points, points[:1] + rng.normal(0, 1.5 * hand, 2)])
         _stroke(rng, draw, points, ink, width * rng.uniform(0.8, 1.25))
     medium = rng.choice(["a sketch", "a sketch", "a drawing", "a line drawing"])
-    return image.reduce(2).convert("RGB"), f"{medium} of {_with_article(name)}", part_points(drawn)
+    caption, facts = f"{medium} of {_with_article(name)}", pose(name, shapes) | {"line width": width, "ink": ink}
+    return image.reduce(2).convert("RGB"), caption, part_points(drawn), facts
 
 # %% ../../nbs/data/01_toybox.ipynb #5dfe6ed9
 def _stroke(rng: np.random.Generator, draw: ImageDraw.ImageDraw, points: np.ndarray, ink: float, width: float) -> None:
@@ -279,7 +297,7 @@ def scene(
     rng: np.random.Generator,              # draws everything
     name: str,                             # a category that the scene holds
     others: tuple[str, ...] = NAMES,       # categories that it may hold besides
-) -> tuple[Image.Image, np.ndarray, str]:  # RGB 64×64; mask (64,64) uint8 of LABELS; caption
+) -> tuple[Image.Image, np.ndarray, str, Facts]:  # RGB 64×64; mask (64,64) uint8 of LABELS; caption; the rest
     "Two to five objects on two materials, every pixel labelled."
     above, below, horizon = rng.choice(_UPPER), rng.choice(_LOWER), rng.integers(24, 42)
     pixels = _stuff_pixels(rng, above)
@@ -299,7 +317,8 @@ def scene(
         _paint(rng, draw, stencil, category, shapes, main, NAMES.index(category), scale)
     image = _develop(rng, image, np.ones((SIZE, SIZE)))
     objects = " and ".join(_with_article(category) for category in dict.fromkeys(shown))
-    return image, np.asarray(mask)[::2, ::2].copy(), f"a photo of {objects} with {above} and {below}"
+    facts: Facts = {"count": float(len(shown)), "above": str(above), "below": str(below), "horizon": float(horizon)}
+    return image, np.asarray(mask)[::2, ::2].copy(), f"a photo of {objects} with {above} and {below}", facts
 
 # %% ../../nbs/data/01_toybox.ipynb #c8fc0a91
 KINDS = ("photo", "sketch", "scene")
@@ -316,6 +335,7 @@ class ToyItem:
     caption: str             # what the image shows, in words
     mask: np.ndarray | None  # (64,64) uint8; of a scene LABELS, of a photo its label and IGNORE; None for a sketch
     points: np.ndarray | None = None  # (P,2) centres of the parts, x and y in pixels, NaN where hidden; None: a scene
+    facts: Facts = field(default_factory=dict)  # what else the renderer drew
 
 # %% ../../nbs/data/01_toybox.ipynb #de3eba25
 def render(
@@ -329,12 +349,12 @@ def render(
     label, mask, points = NAMES.index(name), None, None
     rng = np.random.default_rng([seed, KINDS.index(kind), label, instance])
     if kind == "photo":
-        image, mask, caption, points = photo(rng, name)
+        image, mask, caption, points, facts = photo(rng, name)
     elif kind == "sketch":
-        image, caption, points = sketch(rng, name)
+        image, caption, points, facts = sketch(rng, name)
     else:
-        image, mask, caption = scene(rng, name, others)
-    return ToyItem(image, label, name, caption, mask, points)
+        image, mask, caption, facts = scene(rng, name, others)
+    return ToyItem(image, label, name, caption, mask, points, facts)
 
 # %% ../../nbs/data/01_toybox.ipynb #00584407
 class Toybox:
