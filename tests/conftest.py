@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = Counter()  # what the tests of bad input have tried; printed at the end
+KILLS = int(os.environ.get("VERMOUTH_KILLS", "4"))  # of each command that may be killed at any moment
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, which many of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,6 +86,29 @@ def backbone(toybox):
 
 
 @pytest.fixture(scope="module")
+def small():
+    "A backbone with all kinds of blocks and layers, as few as possible."
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from vermouth.backbone import Backbone, random_backbone
+
+    bb = random_backbone(width=8)
+    torch.manual_seed(0)
+    config = dict(bb.unet.config) | {"block_out_channels": (16,) * 4, "layers_per_block": 1, "attention_head_dim": 2}
+    parts = {"vae": bb.vae, "unet": UNet2DConditionModel.from_config(config), "text_encoder": bb.text_encoder}
+    return Backbone.from_components(**parts, tokenizer=bb.tokenizer, scheduler=bb.scheduler)
+
+
+@pytest.fixture(scope="module")
+def latents(small):
+    "Latents and a caption for it."
+    import torch
+
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), small.encode_text("a cat")
+
+
+@pytest.fixture(scope="module")
 def whole(backbone, tmp_path_factory):
     "A small feature store that was made in one go; not to be changed."
     from store_helpers import FEW, ITEMS
@@ -92,6 +116,23 @@ def whole(backbone, tmp_path_factory):
     from vermouth.store import extract
 
     return extract(backbone, ITEMS, tmp_path_factory.mktemp("stores") / "whole", **FEW)
+
+
+@pytest.fixture(scope="session")
+def transformer_folders(tmp_path_factory) -> dict[str, str]:
+    "Tiny PixArt, SD3 and FLUX checkpoints by kind; not to be changed."
+    from transformer_layout import KINDS, write_folder
+
+    root = tmp_path_factory.mktemp("transformers")
+    return {kind: write_folder(root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def transformers(transformer_folders) -> dict:
+    "Their backbones."
+    from vermouth.backbone import load_backbone
+
+    return {kind: load_backbone(folder, "cpu") for kind, folder in transformer_folders.items()}
 
 
 @pytest.fixture(scope="session")

@@ -42,21 +42,24 @@ def make_index(folder, n):
 
 
 @contextmanager
-def serving(folder):
-    "The address of the page; afterwards the program has ended as it should and has left nothing behind."
+def serving(folder, end=signal.SIGTERM, code=143, **options):
+    """The address of the page; afterwards the program has ended as it should and has left nothing behind.
+
+    `end` is the signal that ends it, with this exit code; `options` are those of subprocess.Popen.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (folder / "tmp").mkdir()
     program = [Path(sys.executable).with_name("vermouth"), "web", folder / "idx", "--port", str(port)]
     environment = os.environ | {"TMPDIR": str(folder / "tmp")}
     with (folder / "log").open("w") as log:
-        running = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        running = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, **options)
     address = running.stdout.readline().strip()
     try:
         assert address == f"http://127.0.0.1:{port}", (folder / "log").read_text()
         yield address
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 143
+        running.send_signal(end)
+        assert running.wait(300) == code  # a busy machine
     finally:
         running.kill()
     assert not list((folder / "tmp").glob("vermouth-web-*")), "what was uploaded goes with the program"
@@ -99,9 +102,11 @@ def join(server, name, *data):
     "Put into the queue what a field sends, as a browser would, with no browser to hold anything back."
     page = json.loads(ask(f"{server}/config")[1])
     [field] = [part["id"] for part in page["components"] if part["props"].get("elem_id") == name]
-    [number] = [d["id"] for d in page["dependencies"] if d["targets"][0][0] == field]
+    [job] = [d for d in page["dependencies"] if d["targets"][0][0] == field]
+    values = {part["id"]: part["props"].get("value") for part in page["components"]}
+    rest = [values[i] for i in job["inputs"][len(data) :]]  # as the page shows them
     session = uuid.uuid4().hex
-    body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
+    body = json.dumps({"data": [*data, *rest], "fn_index": job["id"], "session_hash": session}).encode()
     return session, *ask(f"{server}/gradio_api/queue/join", body, **JSON)
 
 

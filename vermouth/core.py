@@ -13,16 +13,20 @@ import errno
 import hashlib
 import os
 import random
+import re
 import secrets
 import stat
 import sys
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/library/00_core.ipynb #5eae5e27
 def printable(
@@ -352,6 +357,9 @@ def _open_in_place(
                 return os.dup(stream.fileno())
     return None if stat.S_ISREG(found.st_mode) else os.open(path, os.O_WRONLY)
 
+# %% ../nbs/library/00_core.ipynb #33675ea2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
 # %% ../nbs/library/00_core.ipynb #c07b3ca3
 def write_atomic(
     path: str | Path,  # file to create or to replace; of a link, where it leads
@@ -381,6 +389,16 @@ def write_atomic(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../nbs/library/00_core.ipynb #83215889
+def local_folder(out: str | Path) -> Path:
+    "Return the path of a folder. Raises VermouthError for an address as s3:// of object storage."
+    if re.match(r"\w{2,}:/", os.fspath(out)):
+        raise VermouthError(
+            f"out={os.fspath(out)!r}: an address, and files here are mapped and locked. Give a folder, and copy it "
+            "when it is finished: fsspec.url_to_fs(address)[0].put(folder, address, recursive=True)."
+        )
+    return Path(out)
 
 # %% ../nbs/library/00_core.ipynb #c901e590
 def schema_error(
@@ -414,3 +432,91 @@ def keep_freed_memory(
         return False  # macOS, Windows and musl have no such setting
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
     return bool(mallopt(mmap_max, 0 if on else 65_536) and mallopt(trim_threshold, 2**31 - 1 if on else 128 * 1024))
+
+# %% ../nbs/library/00_core.ipynb #fe1bd8ca
+def job_share(
+    shard_of: tuple[int, int] | None = None,  # k, n; None: what a launcher says in RANK and WORLD_SIZE, or 0 of 1
+) -> tuple[int, int]:
+    "Return which process this is, from 0, and of how many. Raises VermouthError for numbers that cannot be."
+    k, n = shard_of or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if not 0 <= k < n:
+        raise VermouthError(f"shard_of={(k, n)}: pass a number from 0, and of how many processes it is one.")
+    return k, n
+
+# %% ../nbs/library/00_core.ipynb #8d1a946d
+SPENT: Counter[str] = Counter()  # seconds of this process, by what they were spent on
+_clock = threading.local()
+
+
+@contextmanager
+def spent_on(what: str) -> Iterator[None]:
+    "Add the seconds of a block, or of a function that this decorates, to `SPENT`."
+    before, started = getattr(_clock, "inner", 0.0), time.perf_counter()
+    _clock.inner = 0.0
+    try:
+        yield
+    finally:
+        took = time.perf_counter() - started
+        SPENT[what] += took - _clock.inner
+        _clock.inner = before + took
+
+# %% ../nbs/library/00_core.ipynb #592dcd8b
+class _Deferred(ModuleType):
+    "A module that is imported when something else of it is asked for."
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # as what walks through all modules asks for
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
+
+# %% ../nbs/library/00_core.ipynb #24e0c623
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    "Import torchvision, timm and what imports them without torch._dynamo, unless that is here already."
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    package, utils = _Deferred("torch._dynamo"), _Deferred("torch._dynamo.utils")
+    package.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    package.disable = lambda fn, *options, **more: fn  # type: ignore[attr-defined]
+    # torchvision asks it when a region is pooled for the first time
+    utils.is_compile_supported = lambda device: import_module(  # type: ignore[attr-defined]
+        "torch._dynamo.utils"
+    ).is_compile_supported(device)
+    sys.modules |= {module.__name__: module for module in (package, utils)}
+    try:
+        yield
+    finally:
+        for module in (package, utils):
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
+
+# %% ../nbs/library/00_core.ipynb #a84a43b6
+# all that drawing initial values consists of
+_INITIAL = {"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "mul_", "add_", "clamp_"}
+
+
+class _Undrawn(TorchFunctionMode):
+    "Leave out what only gives initial values."
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _INITIAL and (x := args[0] if args else kwargs["tensor"]).is_meta:
+            return x
+        return func(*args, **(kwargs or {}))
+
+# %% ../nbs/library/00_core.ipynb #e2813282
+@contextmanager
+def without_memory() -> Iterator[None]:
+    "Build networks on torch's meta device, without values."
+    with torch.device("meta"), _Undrawn():
+        yield
+
+# %% ../nbs/library/00_core.ipynb #a70bcf6f
+def time_report(
+    seconds: float,  # of a whole page
+) -> str:
+    "Say what a page's time was spent on."
+    rest = max(0.0, seconds - sum(SPENT.values()))
+    return ", ".join(f"{what} {took:.0f} s" for what, took in [*SPENT.most_common(), ("all else", rest)])

@@ -8,8 +8,12 @@ from bombs import LARGE
 from PIL import Image
 
 from vermouth import images
+from vermouth.app import files
+from vermouth.app.heads import embed_stored
 from vermouth.core import VermouthError
+from vermouth.data.items import Item
 from vermouth.store import extract
+from vermouth.zoo.embedders import ExpertEmbedder
 
 SIDE, PIXELS = 2500, 6_250_000  # a sixteenth of the largest image; the limits of this test are the real ones by it
 MOST = 400_000_000  # bytes beyond those of the models and libraries: 64 for a pixel of the largest image
@@ -74,3 +78,16 @@ def test_an_image_too_large_for_the_models_is_skipped_where_no_size_is_given(toy
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     store = extract(toybox.backbone, paths, tmp_path / "store", stages="mid", attention=(), quiet=True)
     assert store.skipped == [("b.png", "image='b.png': 2112×2048 pixels are too many for the models. Give size=.")]
+
+
+def test_training_decodes_no_more_images_at_once_than_fit(toybox, photos, tmp_path, monkeypatch):
+    "Of the largest size, one; the others are still files."
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path in paths:
+        photos[0].save(path)
+    sizes, expert = [], ExpertEmbedder(toybox.expert)
+    embed = expert.embed
+    monkeypatch.setattr(files, "MAX_PIXELS", photos[0].width * photos[0].height)
+    monkeypatch.setattr(expert, "embed", lambda images: (sizes.append(len(images)), embed(images))[1])
+    items = [Item(str(path), 0, "a", path.name) for path in paths]
+    assert len(embed_stored(expert, items, tmp_path / "features")) == 5 and sizes == [1] * 5

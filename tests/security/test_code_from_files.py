@@ -259,3 +259,19 @@ def test_the_other_callees_take_no_such_option():
         assert "trust_remote_code" not in inspect.getsource(callee), name
     assert "trust_remote_code" not in inspect.getsource(open_clip.factory.create_model)
     assert not (TOYBOX / "trap.py").exists() and json.loads((TOYBOX / "clip/open_clip_config.json").read_text())
+
+
+NAMED = [{"backbone": "evil/b"}, {"expert": "evil/e"}, {"clip": "evil/c"}, {"allow": ["hub"]}, {"device": "x"}]
+
+
+@pytest.mark.parametrize("config", [*NAMED, [1], "x", None])
+def test_a_config_beside_a_card_names_no_parts(tmp_path, monkeypatch, config):
+    "config.json is there for the hub, which counts downloads by it; huggingface_hub would pass it on as arguments."
+    head, passed = copy_head(tmp_path / "head"), {}
+    (head / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(Vermouth, "load", classmethod(lambda cls, folder, **options: passed.update(options)))
+    Vermouth.from_pretrained(head, allow=())
+    for damaged in (b"{", b"\xff", b"[" * 100_000):
+        (head / "config.json").write_bytes(damaged)
+        Vermouth.from_pretrained(head, allow=())
+    assert passed == {"allow": ()}

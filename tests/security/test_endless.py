@@ -10,6 +10,10 @@ from PIL import Image
 from program import NAMES
 
 from vermouth import images
+from vermouth.app.check import check
+from vermouth.app.files import packed_images
+from vermouth.app.index import Index
+from vermouth.checkpoint import find_lora
 from vermouth.core import VermouthError
 from vermouth.data.extraction import image_digest
 from vermouth.images import jpeg_scans, png_without_texts, read_bytes, read_image
@@ -120,3 +124,26 @@ def test_what_turns_a_png_file_is_kept():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
     kept = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
     assert read_image(png_with(Image.new("RGB", (9, 7)), kept)).size == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda folder: check(folder),
+        lambda folder: check(folder / "model.safetensors"),
+        lambda folder: check(folder / "shard.tar"),
+        lambda folder: check(folder / "other"),
+        lambda folder: Index(folder),
+        lambda folder: find_lora(folder),
+        lambda folder: find_lora(folder / "model.safetensors"),
+        lambda folder: packed_images(folder / "shard.tar"),
+    ],
+)
+@pytest.mark.parametrize("device", [True, False])
+def test_pipes_and_devices_in_the_place_of_models_and_indexes(tmp_path, door, device):
+    for name in ("index.sqlite", "model.safetensors", "pytorch_lora_weights.safetensors", "shard.tar", "other"):
+        os.symlink("/dev/zero", tmp_path / name) if device else os.mkfifo(tmp_path / name)
+    try:
+        assert door(tmp_path).problems
+    except VermouthError as error:
+        assert "\n" not in str(error)

@@ -9,11 +9,15 @@ import shutil
 import sys
 
 import pytest
+import torch
 from program import NAMES
 from traps import copy_head
 
+from vermouth.core import VermouthError
 from vermouth.data import arrow
+from vermouth.model import open_model
 from vermouth.store import extract
+from vermouth.zoo.embedders import ExpertEmbedder, LinearClassifier, fit_linear
 
 
 @pytest.mark.parametrize(
@@ -75,3 +79,39 @@ def test_an_item_of_a_name_in_another_encoding(backbone, photos, tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.png")
     photos[0].save(path)
     assert len(extract(backbone, [path], tmp_path / "store", stages="mid", attention=(), quiet=True)) == 1
+
+
+# Trained classifiers
+
+
+@pytest.fixture(scope="module")
+def linear(toybox, tmp_path_factory):
+    "The folder of a linear classifier on the Toybox expert."
+    expert = ExpertEmbedder(toybox.expert)
+    vectors = torch.eye(expert.expert.dims[0])[:4]
+    training = {"task": "classify", "names": ["a", "b"], "data": "x", "metrics": {}, "calibration": [0.5, 0.9]}
+    model = LinearClassifier(expert, fit_linear(vectors, torch.tensor([0, 1, 0, 1])), training)
+    model.save(folder := tmp_path_factory.mktemp("linear") / "model")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [(("features", "size"), value) for value in (None, [], 0, True, "x", "\x1b[2J", float("nan"), 10**30, -1)]
+    + [(("features", "expert", "fingerprint"), None), (("features", "expert"), {"name": "toybox"})]
+    + [(("weights",), value) for value in ("\ud800", "../model", "A" * 64, "")]
+    + [(("training", "calibration"), [value]) for value in (float("nan"), 1e308, -0.1, True)]
+    + [(("training", "names"), ["a", "\ud800"]), (("training", "data"), "\ud800")],
+)
+def test_a_card_of_a_classifier_with_odd_entries(linear, tmp_path, path, value):
+    assert open_model(str(linear), "cpu").labels == ("a", "b")
+    shutil.copytree(linear, tmp_path / "model")
+    card = json.loads((linear / "vermouth.json").read_text())
+    at = card
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    (tmp_path / "model/vermouth.json").write_text(json.dumps(card))
+    with pytest.raises(VermouthError) as error:
+        open_model(str(tmp_path / "model"), "cpu")
+    assert "\n" not in str(error.value)

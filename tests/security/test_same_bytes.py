@@ -14,11 +14,13 @@ from PIL import Image
 
 from vermouth import images
 from vermouth.app.files import unpacked
+from vermouth.app.heads import embed_stored
 from vermouth.app.index import build_index
 from vermouth.core import VermouthError
 from vermouth.data.extraction import content_digest, image_digest
 from vermouth.data.items import Item
 from vermouth.store import extract
+from vermouth.zoo.embedders import ExpertEmbedder
 
 COLOURS = ("red", "green", "blue", "white")
 FEW = {"stages": "mid", "attention": (), "quiet": True}
@@ -101,3 +103,35 @@ def test_images_of_a_tar_file_are_known_by_their_bytes(backbone, folder, tmp_pat
     store = extract(backbone, packed, tmp_path / "store", **FEW)
     assert [name for name, _ in store.skipped] == ["a.tar/broken.png"]
     assert image_digest(packed[-1]) == content_digest(b"")
+
+
+# The vectors that training keeps
+
+
+@pytest.fixture
+def kept(toybox, photos, tmp_path):
+    "Compute the vectors of two images, or read what an earlier call has kept."
+    expert = ExpertEmbedder(toybox.expert)
+    items = []
+    for i in range(2):
+        photos[i].save(tmp_path / f"{i}.bmp")
+        items.append(Item(str(tmp_path / f"{i}.bmp"), i, str(i), str(i)))
+    return lambda: embed_stored(expert, items, tmp_path / "features").values
+
+
+def test_training_sees_a_replaced_image_of_the_same_size_and_time(kept, photos, tmp_path):
+    before, found = kept(), (tmp_path / "0.bmp").stat()
+    photos[3].save(tmp_path / "0.bmp")
+    os.utime(tmp_path / "0.bmp", ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert (tmp_path / "0.bmp").stat().st_size == found.st_size
+    after = kept()
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_damaged_vectors_are_computed_again(kept, tmp_path):
+    expected = kept()
+    [file] = (tmp_path / "features").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:99], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"kept", b"kepd"), b"x" * 999):
+        file.write_bytes(damaged)
+        assert torch.equal(kept(), expected)

@@ -51,7 +51,7 @@ def test_a_kill_at_any_step_leaves_the_old_model_or_the_new_one(toybox, saved):
         assert torch.equal(bias, old) or torch.equal(bias, old + 1), "a model is lost"
         found.add(torch.equal(bias, old))
     assert status == 0 and kills >= 4 and found == {True, False}
-    COUNTS["kills survived"] += kills
+    COUNTS["kills of Vermouth.save"] += kills
     names = sorted(path.name for path in saved.glob("*"))
     assert {"vermouth.json", weights_name(read_card(saved)["weights"])} <= set(names), names
     assert not [name for name in names if name.endswith(".tmp")] and len(list(saved.glob("model*"))) == 1, names

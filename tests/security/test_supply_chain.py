@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
@@ -46,6 +47,14 @@ def test_what_runs_our_code_may_not_publish(name, job):
     rights = workflow["jobs"][job].get("permissions", {})
     ours = [step for step in steps if "run" in step or "checkout" in step.get("uses", "")]
     assert not (ours and rights), f"{job} runs {ours[0]} with {rights}"
+
+
+@pytest.mark.parametrize("name, job", JOBS)
+def test_steps_are_programs_that_a_shell_can_read(name, job):
+    for step in WORKFLOWS[name]["jobs"][job]["steps"]:
+        assert ("run" in step) != ("uses" in step), step
+        read = subprocess.run(["bash", "-n"], input=step.get("run", ""), capture_output=True, text=True)
+        assert read.returncode == 0, read.stderr
 
 
 # Versions

@@ -238,7 +238,7 @@ def test_an_interruption_within_a_command(command):
         raise KeyboardInterrupt
 
     result = command(action)
-    assert result.exit_code == 130 and result.stderr == "action: interrupted.\n"
+    assert result.exit_code == 130 and result.stderr == "action: interrupted. Give the same command again.\n"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])

@@ -1,4 +1,4 @@
-"""One model in several threads, called from its own hooks, and stopped at any point of a pass.
+"""One model in several threads, called from its own hooks, and copied.
 
 Hooks, attention processors, the padding of a tokenizer and the precision of float32 are state that passes share. Every
 result here is compared with that of a single thread, bit by bit.
@@ -7,22 +7,22 @@ result here is compared with that of a single thread, bit by bit.
 import copy
 import pickle
 import sys
-import threading
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from passes import in_threads, once, same, state
 from torch.utils.data import DataLoader
 
 from vermouth import core, hooks
-from vermouth.backbone import Backbone, FeatureSettings, random_backbone
+from vermouth.backbone import Backbone, FeatureSettings
 from vermouth.text import image_embeddings, text_embeddings
+from vermouth.zoo.embedders import ClipEmbedder, ExpertEmbedder, LinearClassifier
 
 PLACES = ["up1.attn0.self.q", "mid.resnet1", "up2.attn0.cross.map"]
+LINEAR = {"mean": torch.zeros(128), "scale": torch.ones(1), "weight": torch.linspace(-1, 1, 256).view(2, 128)}
+TRAINING = {"task": "classify", "names": ["cat", "duck"], "data": "", "metrics": {}, "calibration": []}
 TEXTS = ["a cat", "a photo of a red house and a tree", "", "a duck"]
 
 
@@ -40,26 +40,6 @@ def impatient():
     sys.setswitchinterval(before)
 
 
-def same(a, b):
-    a, b = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (a, b))
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def state(*models):
-    "Hooks, processors and compiled calls of all modules, and what belongs to the whole process."
-    modules = [module for model in models for module in model.modules()]
-    return (
-        [(dict(m._forward_hooks), dict(m._forward_pre_hooks), id(getattr(m, "processor", None))) for m in modules],
-        [backend.fp32_precision for backend in core._BACKENDS],
-        torch.is_inference_mode_enabled(),
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        [model.training for model in models],
-        dict(core._users),
-        [passes for passes in hooks._passes.values() if passes],
-    )
-
-
 def jobs(model, other, images):
     "One call of each kind, for the image and the text of a number."
     bb = model.backbone
@@ -75,32 +55,6 @@ def jobs(model, other, images):
         "CLIP, texts": lambda i: text_embeddings(TEXTS[: i + 1], model.clip),
         "CLIP, images": lambda i: image_embeddings(images[i], model.clip),
     }
-
-
-def in_threads(calls, threads=8):
-    "The results of calls, or the errors, in order; the threads start together."
-    ready = threading.Barrier(threads, timeout=60)
-
-    def run(call):
-        try:
-            return call()
-        except Exception as e:
-            return e
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda _: ready.wait(), range(threads)))
-        return list(pool.map(run, calls))
-
-
-def once(module, action):
-    "Call an action after the next pass of a module; returns the hook, and a list for the action's result."
-
-    def call(*_):
-        handle.remove()
-        results.append(action())
-
-    results, handle = [], module.register_forward_hook(call)
-    return handle, results
 
 
 def test_eight_threads_give_what_one_gives(toybox, images):
@@ -122,7 +76,7 @@ def test_eight_threads_give_what_one_gives(toybox, images):
 
 def test_a_warning_comes_once_and_a_fingerprint_is_one(toybox):
     bb = copy.copy(toybox.backbone)
-    bb._warned = False
+    bb.family.warned = False
     bb.__dict__.pop("fingerprint", None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -146,21 +100,6 @@ def test_a_model_in_training_stays_in_training(toybox, images):
         assert modes == [True] * 8
     finally:
         toybox.eval()
-
-
-@pytest.fixture(scope="module")
-def small():
-    "All kinds of blocks and layers, as few as possible."
-    bb = random_backbone(width=8)
-    torch.manual_seed(0)
-    config = dict(bb.unet.config) | {"block_out_channels": (16,) * 4, "layers_per_block": 1, "attention_head_dim": 2}
-    parts = {"vae": bb.vae, "unet": UNet2DConditionModel.from_config(config), "text_encoder": bb.text_encoder}
-    return Backbone.from_components(**parts, tokenizer=bb.tokenizer, scheduler=bb.scheduler)
-
-
-@pytest.fixture(scope="module")
-def latents(small):
-    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), small.encode_text("a cat")
 
 
 READINGS = [
@@ -193,91 +132,48 @@ def test_a_foreign_pass_in_another_thread_is_not_read(small, latents):
     assert torch.allclose(found[0], direct, atol=1e-5)
 
 
-class Processor:
-    "Raises instead of computing attention."
-
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self, *args, **kwargs):
-        raise self.error
-
-
-def hook_points(bb):
-    "Modules before or after which an error is raised."
-    yield from (bb.vae.encoder, bb.vae.quant_conv, bb.text_encoder, bb.unet.conv_in, bb.unet.time_embedding)
-    yield from hooks.unet_blocks(bb.unet).values()
-    yield from {id(place.module): place.module for place in hooks.unet_places(bb.unet).values()}.values()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("stop"), SystemExit])
-def test_an_error_at_any_hook_leaves_a_whole_model(error, small):
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    parts = small.unet, small.vae, small.text_encoder
-
-    def read():
-        return small.features(image, "a cat", (300, 100), attention="up_cross", size="keep")
-
-    def fail(*_):
-        raise error
-
-    expected, before, stopped = read(), state(*parts), 0
-    points = list(hook_points(small))[:: 1 if error is KeyboardInterrupt else 9]
-    for module in points:
-        for register in (module.register_forward_pre_hook, module.register_forward_hook):
-            handle = register(fail)
-            with suppress(KeyboardInterrupt, RuntimeError, SystemExit):
-                read()
-                stopped -= 1  # the place is not part of this pass
-            stopped += 1
-            handle.remove()
-            assert state(*parts) == before
-    assert stopped > len(points)
-    for layer in [m for m in small.unet.modules() if hasattr(m, "processor")][::9]:
-        whole = layer.processor
-        layer.set_processor(Processor(error))
-        with suppress(KeyboardInterrupt, RuntimeError, SystemExit):
-            small.predict(torch.zeros(1, 4, 8, 8), 1, small.encode_text(None))
-        layer.set_processor(whole)
-        assert state(*parts) == before
-    assert same(read(), expected)
-    assert same(in_threads([read], 1)[0], expected)  # no lock is held
-
-
-def test_an_interrupt_at_any_line_of_ours(small, latents):
-    "A line that undoes something is the only place where a trace may stay, and the next call removes it."
-    files, count, target = {core.__file__, hooks.__file__}, 0, -1
-    expected, before = small.features_from_latents(*latents), state(small.unet)
-
-    def each_line(frame, event, _):
-        nonlocal count
-        count += event == "line"
-        if count == target and event == "line":
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return each_line
-
-    def read(stop_at):
-        nonlocal count, target
-        count, target = 0, stop_at
-        sys.settrace(lambda frame, *_: each_line if frame.f_code.co_filename in files else None)
-        try:
-            return small.features_from_latents(*latents)
-        finally:
-            sys.settrace(None)
-
-    read(-1)
-    for stop_at in range(3, count, count // 40):
-        with suppress(KeyboardInterrupt):
-            read(stop_at)
-        assert same(small.features_from_latents(*latents), expected)
-        assert state(small.unet) == before
-
-
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda bb: pickle.loads(pickle.dumps(bb))])
 def test_copies_give_the_same_features(again, small, latents):
     expected = small.features_from_latents(*latents)
     assert same(again(small).features_from_latents(*latents), expected)
+
+
+@pytest.fixture
+def lowered():
+    "The caller lets float32 be multiplied in a shorter type."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_parts_called_by_themselves_ignore_the_precision_of_the_caller(toybox, images, photos, request):
+    "Six threads, one thread, and the default: bit by bit the same."
+    linear = LinearClassifier(ExpertEmbedder(toybox.expert), {**LINEAR, "bias": torch.zeros(2)}, TRAINING)
+    clip = ClipEmbedder(toybox.clip)
+    work = jobs(toybox, toybox.backbone, images) | {
+        "captions": lambda i: toybox.captioner(photos[i]),
+        "classes of a CLIP": lambda i: clip.classify(photos[i], ["cat", "duck"]),
+        "masks of a CLIP": lambda i: torch.from_numpy(clip.segment(photos[i], ["cat", "duck"])),
+        "classes of a linear layer": lambda i: linear.classify(photos[i]),
+    }
+    calls = [(name, i) for name in work for i in range(4)]
+    expected = [work[name](i) for name, i in calls]
+    request.getfixturevalue("lowered")
+    alone = [work[name](i) for name, i in calls]
+    together = in_threads([lambda name=name, i=i: work[name](i) for name, i in calls], 6)
+    for call, *results in zip(calls, expected, alone, together, strict=True):
+        if call[0] == "captions":
+            assert results[0] == results[1] == results[2]
+        else:
+            assert all(same(results[0], result) for result in results[1:]), call
+
+
+def test_maps_of_a_frozen_expert_may_be_learned_from(toybox, images):
+    "They are ordinary tensors, though the expert runs in inference mode."
+    layer = torch.nn.Conv2d(toybox.expert.dims[0], 1, 1)
+    layer(toybox.expert(images)[0]).mean().backward()
+    assert layer.weight.grad is not None
 
 
 class Calls(list):

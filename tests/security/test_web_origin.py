@@ -1,23 +1,24 @@
-"No other web page uses this one: foreign origins, frames, uploads without end, words without end, a full queue."
+"No other web page uses this one: foreign origins, frames, words without end, a full queue."
 
-import asyncio
 import json
-import os
+import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import COUNTS, ROOT
+from disks import short_files
+from web_gate import MINE, generous, through
 from web_server import JSON, answer, ask, event, form, join, make_index, png, serving, still_searches, uploaded
 
 from vermouth.app import middleware, web
-from vermouth.app.middleware import SMALL, UPLOAD, UPLOADS, Gate, make_space, own_names
+from vermouth.app.middleware import Gate, own_names
 from vermouth.core import VermouthError
 
-MINE = "127.0.0.1:7860"
 OTHERS = (
     "http://127.0.0.1:8888",
     "http://127.0.0.1",
@@ -29,25 +30,6 @@ OTHERS = (
     "",
 )
 NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
-
-
-def through(gate, method="GET", path="/", headers=None, kind="http"):
-    "What a gate answers: its messages."
-    messages = []
-    listed = [(k.encode(), v.encode()) for k, v in ({"host": MINE} | (headers or {})).items()]
-
-    async def send(message):
-        messages.append(message)
-
-    asyncio.run(gate({"type": kind, "method": method, "path": path, "headers": listed}, None, send))
-    return messages
-
-
-async def generous(scope, receive, send):
-    "An application that lets every page read its answers."
-    headers = [(b"Access-Control-Allow-Origin", b"*"), (b"access-control-allow-credentials", b"true")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b"photos"})
 
 
 @pytest.fixture
@@ -108,46 +90,6 @@ def test_a_length_that_is_no_number_is_not_stated(gate, length):
     assert through(gate, "POST", headers={"content-length": length})[0]["status"] == 411
 
 
-def test_bodies_that_arrive_together_are_bounded(tmp_path):
-    "Each waits to be read; what is more than the folder holds is turned away, and afterwards all is as before."
-    most, answered = UPLOADS // UPLOAD, []
-
-    async def flood():
-        read = asyncio.Event()
-
-        async def slow(scope, receive, send):
-            await read.wait()
-            await generous(scope, receive, send)
-
-        async def send(message):
-            if message["type"] == "http.response.start":
-                answered.append(message["status"])
-                if len(answered) == 5:
-                    read.set()
-
-        headers = [(b"host", MINE.encode()), (b"content-length", str(UPLOAD).encode())]
-        scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
-        gate = Gate(slow, tmp_path, own_names("127.0.0.1"))
-        await asyncio.gather(*(gate(scope, None, send) for _ in range(most + 5)))
-        return gate.arriving
-
-    assert asyncio.run(flood()) == 0
-    assert answered == [503] * 5 + [200] * most
-
-
-def test_the_oldest_uploads_go_first(tmp_path):
-    for i in range(30):
-        (tmp_path / f"{i:02}").mkdir()
-        file = tmp_path / f"{i:02}/photo.png"
-        file.touch()
-        os.truncate(file, UPLOAD)  # a hole: no space on disk
-        os.utime(file, (i, i))
-    make_space(tmp_path, UPLOAD)
-    left = sorted(int(file.parent.name) for file in tmp_path.rglob("*.png"))
-    assert left == list(range(6, 30)) and (len(left) + 1) * UPLOAD <= UPLOADS
-    assert UPLOADS // SMALL <= 1024, "nor are there too many small ones"
-
-
 def test_words_and_names_without_end_are_refused_at_once(toybox):
     started = time.perf_counter()
     long = "cat " * 2_250_000  # 9 MB
@@ -162,6 +104,15 @@ def test_words_and_names_without_end_are_refused_at_once(toybox):
 # The server itself
 
 
+class Server(str):
+    "Its address, with the folder that has its index."
+
+    def __new__(cls, address, folder):
+        made = super().__new__(cls, address)
+        made.folder = folder
+        return made
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     "Its address."
@@ -169,7 +120,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     make_index(folder, 20)
     with serving(folder) as address:
-        yield address
+        yield Server(address, folder)
 
 
 def test_a_foreign_form_uploads_nothing(server):
@@ -234,7 +185,6 @@ def test_rubbish_in_the_queue_ends_nothing(server):
 
 
 def test_no_answer_tells_where_files_lie(server):
-    "But that to an upload, whose path the page sends back."
     photo = uploaded(server, png(8, 8))
     sent = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
     addresses = ("", "config", "theme.css", "no/such/page", *(f"gradio_api/{p}" for p in ("info", "file=", "app_id")))
@@ -242,19 +192,46 @@ def test_no_answer_tells_where_files_lie(server):
     for body in (b"{}", b"[1"):
         answers += [ask(f"{server}/gradio_api/{route}", body, **JSON)[1] for route in ("queue/join", "run/x", "upload")]
     messages = [event(server, "drop", photo, 3), event(server, "drop", sent, 3), event(server, "words", "猫", 3)]
-    text = b"\n".join(answers).decode(errors="replace") + json.dumps(messages)
-    places = (photo["path"], tempfile.gettempdir() + "/", sys.prefix, str(ROOT), str(Path.home()) + "/")
+    text = b"\n".join(answers).decode(errors="replace") + json.dumps([photo, *messages])
+    places = (tempfile.gettempdir() + "/", "vermouth-web-", sys.prefix, str(ROOT), str(Path.home()) + "/")
     assert not [place for place in places if place in text]
 
 
-def test_a_flood_of_uploads_is_refused_for_a_minute(tmp_path):
-    "30 of 10 MB: 25 fill the folder, and the others wait, so that nobody's photo goes before it was looked at."
-    gate = Gate(generous, tmp_path, own_names("127.0.0.1"))
-    body = {"content-length": str(UPLOAD)}
-    statuses = [through(gate, "POST", "/gradio_api/upload", body)[0]["status"] for _ in range(30)]
-    assert statuses == [200] * 25 + [429] * 5
-    assert through(gate, "POST", "/gradio_api/queue/join", body)[0]["status"] == 429
-    assert through(gate)[0]["status"] == 200, "the page itself is shown"
+def test_an_upload_is_found_by_its_made_up_name(server, photos):
+    "Its preview, and what is asked about it; a name of another run is no file."
+    image = BytesIO()
+    photos[0].save(image, "PNG")
+    photo = uploaded(server, image.getvalue())
+    assert not Path(photo["path"]).exists()
+    assert ask(f"{server}/gradio_api/file={photo['path']}") == (200, image.getvalue())
+    assert event(server, "drop", photo, 3).count("<figure") == 3
+    name = photo["path"].split("/")[1]
+    for other in ("0" * len(name), name[:-1], "etc"):
+        path = photo["path"].replace(name, other)
+        assert ask(f"{server}/gradio_api/file={path}")[0] == 403
+        assert "<figure" not in (event(server, "drop", photo | {"path": path}, 3) or "")
+
+
+def test_an_upload_to_a_full_disk_is_one_sentence(server, tmp_path):
+    "Nothing of it stays, and smaller ones go on."
+    (tmp_path / "idx").symlink_to(server.folder / "idx")
+    with serving(tmp_path, preexec_fn=lambda: short_files(50_000)) as address:
+        for _ in range(3):
+            body, headers = form(png(8, 8) + bytes(100_000))
+            status, said = ask(f"{address}/gradio_api/upload", body, **headers)
+            assert (status, said.count(b".")) == (507, 2) and b"cannot be kept (File too large)" in said
+        assert not [path for path in tmp_path.glob("tmp/*/*") if path.is_file()], "half an upload"
+        assert Path(uploaded(address, png(8, 8))["path"]).name == "x.png"
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    COUNTS["full disks"] += 4
+
+
+def test_ctrl_c_ends_the_server(server, tmp_path):
+    (tmp_path / "idx").symlink_to(server.folder / "idx")
+    with serving(tmp_path, signal.SIGINT, 0) as address:
+        assert ask(address)[0] == 200
+    assert (tmp_path / "log").read_text() == ""
+    COUNTS["interrupts"] += 1
 
 
 def test_own_names_are_those_of_the_loopback():

@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/app/04_middleware.ipynb #38153755
+import json
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,10 +17,10 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from .files import inside
-from ..core import VermouthError
+from ..core import DISK_ERRORS, VermouthError
 
 # %% ../../nbs/app/04_middleware.ipynb #39906832
 def own_names(
@@ -139,20 +141,100 @@ class Minute:
         self.total += length
         return True
 
+# %% ../../nbs/app/04_middleware.ipynb #b43fdd14
+class Alias:
+    "A made-up name of a folder."
+
+    def __init__(self, folder: str | Path):
+        self.folder = os.path.realpath(folder)
+        # as JSON writes it
+        self.written = json.dumps(self.folder, ensure_ascii=False)[1:-1].encode(errors="surrogateescape")
+        self.name = "/" + secrets.token_hex(len(self.written))[: len(self.written) - 1]
+
+    def hide(self, message: dict[str, Any]) -> dict[str, Any]:
+        "Return a message of an answer, with the made-up name."
+        if body := message.get("body"):
+            return message | {"body": bytes(body).replace(self.written, self.name.encode())}
+        return message
+
+    def address(self, scope: dict[str, Any]) -> dict[str, Any]:
+        "Return a request, with the folder's own name in its address."
+        raw = scope.get("raw_path") or b""
+        return scope | {
+            "path": scope["path"].replace(self.name, self.folder),
+            "raw_path": raw.replace(self.name.encode(), quote(self.folder).encode()),
+        }
+
+# %% ../../nbs/app/04_middleware.ipynb #def6047a
+async def _send_hidden(send: Send, alias: Alias, message: dict[str, Any]) -> None:
+    await _send_closed(send, alias.hide(message))
+
+# %% ../../nbs/app/04_middleware.ipynb #566ad942
+def _revealing(alias: Alias, headers: Mapping[str, str], receive: Callable) -> Callable:
+    "Return what reads a request: one in JSON is read whole, and has the folder's own name."
+    if not headers.get("content-type", "").lower().startswith("application/json"):
+        return receive
+    parts: list[bytes] = []
+    ended = False
+
+    async def read() -> dict[str, Any]:
+        nonlocal ended
+        while not ended:
+            message = await receive()
+            if message["type"] != "http.request":  # the browser is gone
+                return message
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                ended = True
+                return {"type": "http.request", "body": b"".join(parts).replace(alias.name.encode(), alias.written)}
+        return await receive()
+
+    return read
+
+# %% ../../nbs/app/04_middleware.ipynb #858722e0
+async def _answer(
+    app: Callable[..., Awaitable[None]], scope: dict[str, Any], receive: Callable, send: Send, folder: str | Path
+) -> None:
+    "Let an application answer. If it finds the disk full, remove the uploads, and say so."
+    failed: list[dict[str, Any]] = []  # an answer of status 500, which comes before its error
+
+    async def sending(message: dict[str, Any]) -> None:
+        if failed or message.get("status") == 500:
+            failed.append(message)
+        else:
+            await send(message)
+
+    try:
+        await app(scope, receive, sending)
+    except OSError as error:
+        if not failed or error.errno not in DISK_ERRORS:
+            raise
+        failed.clear()
+        make_space(folder, UPLOADS)
+        await _refuse(send, 507, f"body: cannot be kept ({error.strerror}). Free some space, and send it again.")
+    finally:
+        for message in failed:
+            await send(message)
+
+# %% ../../nbs/app/04_middleware.ipynb #43c2b283
+def _stated_length(headers: Mapping[str, str]) -> int | None:
+    stated = headers.get("content-length", "")
+    return int(stated) if stated.isdecimal() and len(stated) < 20 else None
+
 # %% ../../nbs/app/04_middleware.ipynb #6626f199
 class Gate:
     "A web application (ASGI) behind `refusal`, `foreign` and `make_space`."
 
     def __init__(self, app: Callable[..., Awaitable[None]], folder: str | Path, hosts: Sequence[str]):
         self.app, self.folder, self.hosts = app, folder, hosts  # folder and hosts as for `refusal`
+        self.alias = Alias(folder)
         self.arriving, self.minute = 0, Minute()                # bytes being read; what came in a minute
 
     def refusal(self, method: str, path: str, headers: Mapping[str, str], length: int | None) -> tuple[int, str] | None:
         "Return why a request is refused, if it is."
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        has_body = method not in ("GET", "HEAD", "OPTIONS")
-        reason = refusal(path, length, has_body, name, self.folder, self.hosts)
+        reason = refusal(path, length, method not in ("GET", "HEAD", "OPTIONS"), name, self.folder, self.hosts)
         if reason is None and foreign(method, path, headers):
             return 403, "origin: another page has made this request. Open this page itself."
         if reason is None and self.arriving + (length or 0) > UPLOADS:
@@ -166,16 +248,16 @@ class Gate:
             return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope = self.alias.address(scope)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        stated = headers.get("content-length", "")
-        length = int(stated) if stated.isdecimal() and len(stated) < 20 else None
-        reason = self.refusal(scope["method"], scope["path"], headers, length)
-        if reason is not None:
+        length = _stated_length(headers)
+        if (reason := self.refusal(scope["method"], scope["path"], headers, length)) is not None:
             return await _refuse(send, *reason)
         self.arriving += length or 0
         try:
             if length:
                 make_space(self.folder, self.arriving)
-            await self.app(scope, receive, partial(_send_closed, send))
+            hidden = partial(_send_hidden, send, self.alias)
+            await _answer(self.app, scope, _revealing(self.alias, headers, receive), hidden, self.folder)
         finally:
             self.arriving -= length or 0

@@ -10,9 +10,11 @@ import ast
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import yaml
 from papermill.iorw import load_notebook_node
 
 import vermouth
-from vermouth.core import VermouthError, choose, printable, write_atomic
+from vermouth.core import DISK_ERRORS, VermouthError, choose, printable, write_atomic
 from vermouth.data.items import decoded
 from vermouth.experiments.tables import escape_formula, measured_rows
 
@@ -190,7 +192,7 @@ def _execute(
     parameters: dict[str, Any],
     progress: bool,
 ) -> str:
-    "Execute a page; the error in one sentence, empty if there was none."
+    "Execute a page; the error in one sentence, empty if there was none. Raises OSError if the disk is full."
     logging.getLogger("papermill").setLevel(logging.ERROR)  # or it warns of parameters that its parser loses
     options = {
         "progress_bar": {"leave": False, "desc": printable(page.stem)} if progress else False,
@@ -203,8 +205,22 @@ def _execute(
     except papermill.PapermillExecutionError as e:
         return f"{e.ename}: {e.evalue}".strip().splitlines()[0]
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+            raise OSError(e.errno, e.strerror, str(output)) from e
         return f"{type(e).__name__}: {e}".strip().splitlines()[0]
     return ""
+
+# %% ../../nbs/app/07_run.ipynb #81537627
+def _execute_whole(page: Path, output: Path, parameters: dict[str, Any], progress: bool) -> str:
+    "As `_execute`, with an output that is never half a page."
+    running = output.with_name(f"{output.stem}.running.ipynb")
+    try:
+        error = _execute(page, running, parameters, progress)
+        with suppress(FileNotFoundError):  # it could not be started
+            os.replace(running, output)
+    finally:
+        running.unlink(missing_ok=True)
+    return error
 
 # %% ../../nbs/app/07_run.ipynb #2c61f41d
 def run_page(
@@ -222,7 +238,7 @@ def run_page(
         )
     key, started = _fingerprint(page, parameters), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    error = _execute(page, out / page.name, parameters, progress)
+    error = _execute_whole(page, out / page.name, parameters, progress)
     seconds = round(time.perf_counter() - started, 1)
     ended = {"ok": not error, "seconds": seconds, "error": error, "output": str(out / page.name)}
     state = _read_state(out) | {page.stem: ended | {"key": key, "parameters": parameters}}

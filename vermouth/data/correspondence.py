@@ -9,6 +9,7 @@ __all__ = ['PointPair', 'load_correspondence']
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ..core import VermouthError, choose
-from .items import Source, open_source
+from .items import Source, decoded, open_source
 from .toybox import IGNORE, Toybox
+from ..images import read_bytes
 
 # %% ../../nbs/data/09_correspondence.ipynb #5676d0c9
 @dataclass(frozen=True)
@@ -56,16 +58,48 @@ def toybox_pairs(
             pairs.append(PointPair((sources, i), (targets, i), a.points[both], b.points[both], float(extent), a.name))
     return pairs
 
+# %% ../../nbs/data/09_correspondence.ipynb #5e28675e
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    "Turn what a damaged list of pairs raises into a VermouthError that names it."
+    try:
+        yield
+    except VermouthError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError, csv.Error) as e:
+        what = f"no list of pairs that this version reads ({type(e).__name__}: {str(e)[:80]})"
+        raise VermouthError(f"root: {str(path)!r} is {what}. Unpack the data set again.") from e
+
+# %% ../../nbs/data/09_correspondence.ipynb #bcc745e7
+def _checked(pair: PointPair) -> PointPair:
+    "Return a pair from a list. Raises ValueError for points or an extent that are none."
+    a, b = pair.source_points, pair.target_points
+    if a.shape != b.shape:
+        raise ValueError(f"{len(a)} points in the source, {len(b)} in the target")
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(pair.extent) and pair.extent > 0):
+        raise ValueError("points or a size of the target that are no numbers")
+    return pair
+
+# %% ../../nbs/data/09_correspondence.ipynb #2c87cdf9
+def _below(root: Path, name: str) -> Path:  # relative, without a drive or a leading slash
+    "Return a name that a list gives. Raises VermouthError for one that leads out of root."
+    path = Path(name.replace("\\", "/"))
+    if ".." in path.parts or "\0" in name:
+        raise VermouthError(f"root={str(root)!r}: its list names {name!r}, which does not lie in it. Unpack it again.")
+    return path.relative_to(path.anchor)
+
 # %% ../../nbs/data/09_correspondence.ipynb #d1adefd2
 def read_spair(root: Path, split: str) -> Iterator[PointPair]:
     "Yield the pairs of a split: \"trn\", \"val\" or \"test\"."
     for path in sorted((root / "PairAnnotation" / split).glob("*.json")):
-        note = json.loads(path.read_text(encoding="utf-8"))
-        images = root / "JPEGImages" / note["category"]
-        a, b = (np.array(note[key], np.float32).reshape(-1, 2) for key in ("src_kps", "trg_kps"))
-        left, top, right, bottom = note["trg_bndbox"]
-        extent = float(max(right - left, bottom - top))
-        yield PointPair(images / note["src_imname"], images / note["trg_imname"], a, b, extent, note["category"])
+        with _explained(path):
+            note = json.loads(decoded(read_bytes(path)))
+            name = note["category"]
+            files = [root / "JPEGImages" / _below(root, f"{name}/{note[key]}") for key in ("src_imname", "trg_imname")]
+            a, b = (np.array(note[key], np.float32).reshape(-1, 2) for key in ("src_kps", "trg_kps"))
+            left, top, right, bottom = note["trg_bndbox"]
+            pair = _checked(PointPair(files[0], files[1], a, b, float(max(right - left, bottom - top)), name))
+        yield pair
 
 # %% ../../nbs/data/09_correspondence.ipynb #ec93258a
 def _numbers(row: dict[str, str], x: str, y: str) -> np.ndarray:  # (N,2)
@@ -76,7 +110,7 @@ def _numbers(row: dict[str, str], x: str, y: str) -> np.ndarray:  # (N,2)
 # %% ../../nbs/data/09_correspondence.ipynb #1f6738b7
 def _find_image(root: Path, name: str) -> Path:
     "An image by its path below root, or by the end of it: lists keep folders that an archive may lack."
-    parts = Path(name.replace("\\", "/")).parts
+    parts = _below(root, name).parts
     for k in range(len(parts)):
         if (path := root.joinpath(*parts[k:])).exists():
             return path
@@ -104,12 +138,12 @@ def read_csv_pairs(root: Path, dataset: str) -> Iterator[PointPair]:
     if path is None:
         raise VermouthError(f"root={str(root)!r}: {names[0]} is missing. Give the folder of the unpacked data set.")
     swap = dataset == "psc6k"  # A is the photo there
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        for row in csv.DictReader(f):
+    with _explained(path):
+        for row in csv.DictReader(decoded(read_bytes(path)).split("\n"), strict=True):
             a, b = _numbers(row, "XA", "YA"), _numbers(row, "XB", "YB")
             a, b = (b, a) if swap else (a, b)
             drawn, photo = (_find_image(root, row[key]) for key in (source, target))
-            yield PointPair(drawn, photo, a, b, float(max(open_source(photo).size)), row["class"])
+            yield _checked(PointPair(drawn, photo, a, b, float(max(open_source(photo).size)), row["class"]))
 
 # %% ../../nbs/data/09_correspondence.ipynb #2ab0ac82
 CORRESPONDENCE = ("toybox", "toybox_sketch", "spair", "pf_pascal", "psc6k")

