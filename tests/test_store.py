@@ -6,16 +6,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from store_helpers import FEW, ITEMS, content, run_alone, shards
 from torch.utils.data import DataLoader, StackDataset
 
 from vermouth.app.files import image_paths, unpacked
+from vermouth.app.index import Index
 from vermouth.baselines import read_items, store_items
 from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
 from vermouth.expert import load_expert
 from vermouth.model import Vermouth
-from vermouth.store import extract
+from vermouth.store import FeatureStore, extract
 from vermouth.text import load_clip
 from vermouth.train import train_head
 
@@ -38,6 +40,19 @@ print(json.dumps([len(dataset), dataset["id"][7], total, parts["test"]["n"][0], 
     length, name, total, channels, made = json.loads(run_alone(code, whole.out, cwd=whole.out).splitlines()[-1])
     assert [length, name, total, channels] == [18, "7", float(whole[7][0].double().sum()), 96]
     assert made == whole.settings and made["timesteps"] == [200]
+
+
+def test_a_finished_store_is_copied_to_object_storage_and_back(whole, backbone, tmp_path):
+    fsspec = pytest.importorskip("fsspec")  # comes with datasets
+    fs, _ = fsspec.url_to_fs("memory://features")
+    fs.put(str(whole.out), "memory://features", recursive=True)
+    dataset = load_from_disk("memory://features", storage_options={})
+    assert dataset["id"][:] == whole.ids
+    fs.get("memory://features", str(tmp_path / "back"), recursive=True)
+    assert FeatureStore(tmp_path / "back").checksum() == whole.checksum()
+    for make in (FeatureStore, lambda out: extract(backbone, ITEMS, out, **FEW), Index):
+        with pytest.raises(VermouthError, match="out='memory://features': an address"):
+            make("memory://features")
 
 
 def test_a_fresh_process_reads_what_was_written(whole):

@@ -6,13 +6,9 @@
 __all__ = ['FeatureStore', 'extract']
 
 # %% ../nbs/library/12_store.ipynb #6305c7bc
-import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, FeatureSettings, prompt_list
-from .core import VermouthError, choose, file_digest
+from .core import VermouthError, choose, file_digest, job_share, local_folder
 from .data import arrow
 from vermouth.data.extraction import (
     Job,
@@ -55,7 +51,8 @@ class FeatureStore:
         expect: dict[str, Any] | None = None,  # entries of `settings` that must agree
         verify: bool = True,                   # compare a shard's sha256 when it is first read
     ):
-        self.out, self.verify, self.plan = Path(out), verify, arrow.read_plan(Path(out))
+        self.out, self.verify = local_folder(out), verify
+        self.plan = arrow.read_plan(self.out)
         arrow.check_expected(self.out, self.plan, expect or {})
         self.state, self.settings = arrow.read_state(self.out, self.plan), self.plan.settings
         self.files, self.views = self.state["_data_files"], tuple(self.settings["views"])
@@ -208,31 +205,6 @@ def begin(job: Job, shard_size: int | None, k: int, n: int) -> list[int]:
             )
     return [j for j in mine if j not in found]
 
-# %% ../nbs/library/12_store.ipynb #1fb729b8
-def finish(job: Job) -> None:
-    "Write the list of all shards. Raises VermouthError if one of them is damaged."
-    plan, found, files = job.plan, arrow.shards_in(job.out), []
-    head = [arrow.bare_key(plan.settings), plan.size, plan.maps, plan.items]
-    content, skipped_items = hashlib.sha256(json.dumps(head, sort_keys=True).encode()), []
-    for k in plan.shards:
-        path = job.out / found[k][0]
-        try:
-            texts, _, skipped = arrow.open_shard(path, plan)
-        except arrow.DAMAGE as e:
-            raise arrow.shard_error(path, "cannot be read") from e
-        for row in zip(*(column.to_pylist() for column in texts.columns), strict=True):
-            content.update(json.dumps(row).encode())
-        skipped_items += [item[:3] for item in skipped]
-        size = {"sha256": found[k][3], "bytes": path.stat().st_size, "items": len(texts)}
-        files.append({"filename": path.name, **size, "skipped": skipped})
-    content.update(json.dumps(skipped_items).encode())
-    state = dict.fromkeys(["_format_type", "_format_columns", "_split"]) | {"_data_files": files, "_format_kwargs": {}}
-    state |= {"_output_all_columns": False, "_fingerprint": content.hexdigest()[:16]}
-    arrow.put_sealed(job.out / arrow.STATE, state | {"plan": plan.digest, "checksum": content.hexdigest()})
-    for name in os.listdir(job.out):  # what a crash has left half-written
-        if name.startswith("data-") and name not in {file["filename"] for file in files}:
-            (job.out / name).unlink(missing_ok=True)
-
 # %% ../nbs/library/12_store.ipynb #7d29364d
 @contextmanager
 def write_lock(out: Path, alone: bool = True) -> Iterator[None]:
@@ -259,8 +231,7 @@ def fill(job: Job, shard_size: int | None, k: int, n: int, wait: bool, quiet: bo
     missing = begin(job, shard_size, k, n)
     check_disk(job, quiet)
     if not (job.out / arrow.INFO).exists():
-        info = {"description": json.dumps(asdict(job.plan)), "features": arrow.features_of(job.plan).to_dict()}
-        arrow.put_sealed(job.out / arrow.INFO, info, once=n > 1)
+        arrow.put_plan(job.out, job.plan, once=n > 1)
         missing = begin(job, shard_size, k, n)  # another process may have been first
     make_shards(job, missing, quiet)
     while True:
@@ -268,7 +239,7 @@ def fill(job: Job, shard_size: int | None, k: int, n: int, wait: bool, quiet: bo
             return FeatureStore(job.out, job.key)
         except VermouthError:
             if {*job.plan.shards} <= {*arrow.shards_in(job.out)}:
-                finish(job)
+                arrow.finish(job.out, job.plan)
                 return FeatureStore(job.out, job.key)
         if not wait:
             return None
@@ -299,15 +270,13 @@ def extract(
         raise VermouthError("prompts: given, and a captioner too. Pass one of them.")
     if unknown := set(settings) - set(vars(FeatureSettings())):
         raise VermouthError(f"{min(unknown)}: no setting of extract. Choose from {', '.join(vars(FeatureSettings()))}.")
-    k, n = shard_of or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if not 0 <= k < n:
-        raise VermouthError(f"shard_of={(k, n)}: pass a number from 0, and of how many processes it is one.")
+    k, n = job_share(shard_of)
     prompts, quiet = None if prompts is None else prompt_list(prompts, len(items)), quiet or k > 0
     if fit == "crop" and size is None:
         raise VermouthError("fit='crop': to which size? Pass size=.")
     how: dict[str, Any] = {"fit": fit, "views": check_views(views), "value_range": value_range}
     key = store_key(backbone, prompts, captioner, expert, size, dtype, **how, **settings)
-    job = Job(backbone, items, Path(out), prompts, captioner, expert, size, batch_size, key, settings, **how)
+    job = Job(backbone, items, local_folder(out), prompts, captioner, expert, size, batch_size, key, settings, **how)
     with write_lock(job.out, alone=n == 1):
         store = fill(job, shard_size, k, n, not shard_of, quiet)
     if store and store.skipped and not quiet:

@@ -102,20 +102,24 @@ SCHEMA = [
     "CREATE INDEX listing ON photos (path, size, mtime_ns, ctime_ns, sha256, reason)",
     "CREATE INDEX digests ON photos (sha256)",
 ]
-OURS = re.compile(r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([0-9a-f]{64})|new)\.faiss")
+OURS = re.compile(
+    r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([0-9a-f]{64})|new)\.faiss|part-\d+-of-\d+"
+)
 
 # %% ../../nbs/app/03_database.ipynb #39481115
 @contextmanager
-def connect(out: Path, write: bool = False) -> Iterator[sqlite3.Connection]:
-    "Open an index. Raises VermouthError if it is none, damaged, busy or of another version, and for disk errors."
+def connect(out: Path, write: bool = False, wait: bool = False) -> Iterator[sqlite3.Connection]:
+    "Open an index. Raises VermouthError if it is none, damaged, of another version, busy unless told to wait."
     old = not (out / FILE).exists() and (out / "index.json").exists()
     if old or not write and not (out / FILE).exists():
         what = "made by 0.1: index again" if old else f"no {FILE} to read in it"
         raise VermouthError(
             f"index={str(out)!r}: {what}. Give a folder that `vermouth index` has written, or a new out."
         )
+    if (out / FILE).exists() and not (out / FILE).is_file():
+        raise VermouthError(f"index={str(out)!r}: {FILE} is a pipe, a device or a folder. Give an index with a file.")
     try:
-        with _only_writer(out) if write else nullcontext(), closing(_open(out, write)) as db:
+        with _only_writer(out, wait) if write else nullcontext(), closing(_open(out, write)) as db:
             _check(db, out)
             yield db
     except Timeout as e:
@@ -134,9 +138,9 @@ def connect(out: Path, write: bool = False) -> Iterator[sqlite3.Connection]:
 
 # %% ../../nbs/app/03_database.ipynb #1ca5b156
 @contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
+def _only_writer(out: Path, wait: bool) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock", timeout=0):
+    with FileLock(out / ".lock", timeout=-1 if wait else 0):
         if foreign := sorted(path.name for path in out.iterdir() if not OURS.fullmatch(path.name)):
             what = f"holds {foreign[0]!r}, which is no part of an index"
             raise VermouthError(f"out={str(out)!r}: {what}. Give a new or an empty folder.")
@@ -211,6 +215,7 @@ KINDS = {
     "model": str,        # the name of the model that made it
     "fingerprint": str,  # of this model
     "source": str,       # what `vermouth.model.open_model` makes it from
+    "overlay": dict,     # what it puts over a denoiser's weights: unet, lora, variant
     "misfit": str,       # why the photos are not what the model was made for; empty where they are
     "folder": str,       # where the photos lay
     "last": int,         # the last row that counts

@@ -6,62 +6,19 @@
 __all__ = ['Index', 'build_index']
 
 # %% ../../nbs/app/01_index.ipynb #1a411cb3
-import os
 import sqlite3
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
 
-from . import database
-from .database import read_rows, read_settings, seal, transaction
-from .files import Entry, Photo, decode_photo, photos_below, read_batches, read_photo, thumbnail
-from ..core import VermouthError
-from ..images import small_copy
-
-# %% ../../nbs/app/01_index.ipynb #43c85c6c
-def identity(model: Any) -> dict[str, str]:
-    "Return a model's name and fingerprint. Raises VermouthError if it has none."
-    found: dict[str, Any] = {key: getattr(model, key, None) for key in ("name", "fingerprint")}
-    for key, value in found.items():
-        if not isinstance(value, str):
-            what = f"{type(model).__name__} has no {key}"
-            raise VermouthError(f"model: {what}. Pass a Vermouth, or anything with embed, name and fingerprint.")
-    return found
-
-# %% ../../nbs/app/01_index.ipynb #2aef1543
-def same_model(out: str | Path, settings: dict[str, Any], model: Any) -> None:
-    "Raises VermouthError if the model is not the one that made the index; its name may differ."
-    made, passed = settings["fingerprint"], identity(model)
-    if passed["fingerprint"] != made:
-        raise VermouthError(
-            f"model={passed['name']!r}: its weights or settings ({passed['fingerprint']}) are not those that made "
-            f"the index {str(out)!r}, {settings['model']!r} ({made}). "
-            "Pass that model, or make another index with this one."
-        )
-
-# %% ../../nbs/app/01_index.ipynb #579f6c46
-def embed_each(model: Any, images: Sequence[Image.Image]) -> list[np.ndarray | str]:
-    "Return a vector (D,) of length 1 per image, or why there is none. Raises what the model raises for all of them."
-    try:
-        found = model.embed(list(images)).float().cpu().numpy() if images else np.empty((0, 1))
-        if found.ndim != 2 or len(found) != len(images):
-            what = f"embed gives {found.shape} for {len(images)} images"
-            raise VermouthError(f"model: {what}. Pass one that gives (B, D).")
-        if not np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3):  # nor is NaN close to 1
-            raise VermouthError("model: embed gives no unit vector for it")
-        return list(found)
-    except Exception as error:
-        if len(images) == 1:
-            return [str(error) if isinstance(error, VermouthError) else f"{type(error).__name__}: {error}"]
-        found = [embed_each(model, [image])[0] for image in images]
-        if not isinstance(error, VermouthError) and all(isinstance(vector, str) for vector in found):
-            raise
-        return found
+from . import database, update
+from .database import read_rows, read_settings
+from .embedding import Found, embed_photos
+from .files import Photo, photos_below
+from ..core import VermouthError, job_share, local_folder
 
 # %% ../../nbs/app/01_index.ipynb #5cd08713
 class Index:
@@ -77,7 +34,7 @@ class Index:
         folder: str | Path | None = None,  # where the photos lie, for `Hit.open`; None: they stay closed
         verify: bool = True,               # compare the faiss file with its sha256
     ):
-        self.out, self.folder, self.verify = Path(out), folder and Path(folder), verify
+        self.out, self.folder, self.verify = local_folder(out), folder and Path(folder), verify
         self.changes: dict[str, int] = {}
         with database.connect(self.out) as db:
             self._load(db)
@@ -126,16 +83,17 @@ def own_model(
     "Open the model that made the index. Raises VermouthError if its weights are not on this machine."
     from vermouth.zoo.embedders import offline, open_embedder
 
-    source = self.settings.get("source", "")
-    if not source or source.startswith(("//", "\\\\")):
+    source, overlay = self.settings.get("source", ""), self.settings.get("overlay", {})
+    names = [source, *overlay.get("lora", ()), overlay.get("unet", "")]
+    if not source or any(str(name).startswith(("//", "\\\\")) for name in names):
         what = f"it does not say where its model, {self.settings['model']!r}, lies"
         raise VermouthError(f"index={str(self.out)!r}: {what}. Pass --model.")
     with offline():  # a name that stands in a file is not fetched
-        if (found := open_embedder(source, device)) is not None:
+        if (found := open_embedder(source, device, overlay=overlay)) is not None:
             return found
         from vermouth.model import open_model  # imports diffusers, which takes seconds
 
-        return open_model(source, device, dtype)
+        return open_model(source, device, dtype, **overlay)
 
 # %% ../../nbs/app/01_index.ipynb #998a6f6e
 @patch(as_prop=True)
@@ -185,76 +143,6 @@ def nearest_rows(self: Index, vector: np.ndarray, k: int) -> list[tuple[float, l
                 raise sqlite3.DatabaseError("rows and neighbours differ")
         return sorted(zip(exact, rows), key=lambda hit: (-hit[0], hit[1][0]))
 
-# %% ../../nbs/app/01_index.ipynb #2936eed2
-def _add_batch(db: sqlite3.Connection, model: Any, batch: Sequence[Entry], rows: dict, known: set) -> int:
-    "Embed a batch and keep it, in one transaction; return how many images were embedded. `rows` and `known` grow."
-    images = {digest: image for _, digest, image in batch if isinstance(image, Image.Image)}
-    found = dict(zip(images, embed_each(model, [*images.values()])))
-    small = {digest: thumbnail(image) for digest, image in images.items()}
-    with transaction(db):
-        for photo, digest, image in batch:
-            vector = found.get(digest, image)
-            if vector is None:  # the same bytes under another name
-                content = next(read_rows(db, "sha256 = ? LIMIT 1", digest))[2:]
-            elif isinstance(vector, str):
-                digest = digest if vector is image else None
-                content = [None, None, vector.encode("utf-8", "replace").decode(), None, None]
-            else:
-                width, height = images[digest].size
-                content = [width, height, None, vector.tobytes(), small[digest]]
-            old, rows[photo.path] = rows.get(photo.path), [*photo[1:], digest, content[2]]
-            values = [*photo[1:], photo.path.encode("utf-8", "surrogateescape")]
-            if not old or old[3:] != rows[photo.path][3:]:
-                values += [digest, *content, seal([photo.path, digest, *content])]
-                columns = f"INSERT INTO photos (size, mtime_ns, ctime_ns, {database.COLUMNS}, seal)"
-                db.execute(f"{columns} VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, ?, ?)", values)
-            elif old != rows[photo.path]:
-                sets = "SET size = ?, mtime_ns = ?, ctime_ns = ?"
-                db.execute(f"UPDATE photos {sets} WHERE path = CAST(? AS TEXT)", values)
-    known |= {digest for photo, digest, _ in batch if rows[photo.path][3]}
-    return sum(isinstance(vector, np.ndarray) for vector in found.values())
-
-# %% ../../nbs/app/01_index.ipynb #54aa418b
-def _publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: int, head: dict[str, Any]) -> None:
-    "Make what was read the index, without the photos that are gone. Raises VermouthError if no photo can be used."
-    with transaction(db):
-        for path in gone:
-            db.execute("DELETE FROM photos WHERE path = CAST(? AS TEXT)", [path.encode("utf-8", "surrogateescape")])
-        db.execute("DELETE FROM photos WHERE id NOT IN (SELECT max(id) FROM photos GROUP BY path)")
-        rows = db.execute("SELECT id, path, sha256 FROM photos WHERE reason IS NULL ORDER BY path").fetchall()
-        if not rows:
-            skipped = [*read_rows(db, "1 ORDER BY path")]
-            what = f"none of {len(skipped)} photos can be used ({skipped[0][0]!r}: {skipped[0][4]})"
-            raise VermouthError(f"folder={head['folder']!r}: {what}. Replace them; the index is left as it was.")
-        ids = np.array([i for i, *_ in rows], np.int64)
-        index, recall, trained = database.update_neighbours(db, ids, old, read_settings(db), exact)
-        some = database.read_vectors(db, ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)])
-        nearest = float(np.median(database.find_nearest(index, some, min(len(ids), 2))[0][:, -1]))
-        head |= {"recall": recall, "trained": trained, "nearest": nearest, "count": len(ids), "dim": index.d}
-        head |= {"checksum": seal([head["fingerprint"], *(row[1:] for row in rows)])}
-        head |= {"neighbours": database.write_neighbours(out, index), "last": _newest(db)}
-        database.write_settings(db, **head)
-
-# %% ../../nbs/app/01_index.ipynb #618e495b
-def _newest(db: sqlite3.Connection) -> int:
-    return db.execute("SELECT max(id) FROM photos").fetchone()[0]
-
-# %% ../../nbs/app/01_index.ipynb #c32d519b
-def _begin(db: sqlite3.Connection, out: Path, folder: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    "The settings of the index, which are written if it is new, and those it has from now on."
-    settings, made_by = read_settings(db), identity(model)
-    head = {"model": made_by["name"], "fingerprint": made_by["fingerprint"], "folder": os.path.realpath(folder)}
-    head["source"] = getattr(model, "source", "")
-    if not settings:
-        with transaction(db):
-            database.write_settings(db, **head)
-        return head, head
-    same_model(out, settings, model)
-    if os.path.isdir(before := settings["folder"]) and not os.path.samefile(before, folder):
-        what = f"{str(out)!r} is the index of {before!r}, which is still there"
-        raise VermouthError(f"folder={str(folder)!r}: {what}. Give another out, or delete this one.")
-    return settings, head
-
 # %% ../../nbs/app/01_index.ipynb #22a8340c
 def _find_photos(folder: str | Path) -> tuple[list, list]:
     photos, skipped = photos_below(folder)
@@ -263,30 +151,12 @@ def _find_photos(folder: str | Path) -> tuple[list, list]:
         raise VermouthError(f"folder={str(folder)!r}: {what}. Give a folder with images; the index is left as it was.")
     return photos, skipped
 
-# %% ../../nbs/app/01_index.ipynb #e0b9b4bd
-def _known_photos(db: sqlite3.Connection, last: int) -> tuple[dict[str, list], dict[str, str]]:
-    "What `_add_batch` calls rows; the digests of the photos that count."
-    found = sorted(db.execute("SELECT id, path, size, mtime_ns, ctime_ns, sha256, reason FROM photos").fetchall())
-    digests = {path: row[3] for i, path, *row in found if i <= last and row[4] is None}
-    return {path: row for _, path, *row in found}, digests
-
 # %% ../../nbs/app/01_index.ipynb #742efdb9
 def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, int]:
     kept = before.keys() & after.keys()
     new, removed = len(after) - len(kept), len(before) - len(kept)
     changed = sum(before[path] != after[path] for path in kept)
     return {"photos": len(after), "new": new, "changed": changed, "removed": removed}
-
-# %% ../../nbs/app/01_index.ipynb #7a204f50
-def _misfit(model: Any, folder: str | Path, paths: Sequence[str]) -> str:
-    "Why some of the photos are not what the model was made for; nothing where that is not known."
-    if not hasattr(model, "misfit"):
-        return ""
-    sample = []
-    for i in np.linspace(0, len(paths) - 1, min(len(paths), 32), dtype=int):
-        with suppress(OSError, VermouthError):  # gone since it was read
-            sample.append(small_copy(decode_photo(read_photo(folder, paths[i]))))
-    return model.misfit(sample) if sample else ""
 
 # %% ../../nbs/app/01_index.ipynb #f42ca189
 def _report(index: Index) -> str:
@@ -305,28 +175,30 @@ def build_index(
     batch_size: int = 32,         # photos at a time: what a crash can cost
     exact: int = database.EXACT,  # photos up to which a search compares all; cells above
     quiet: bool = False,          # no progress bar, nothing printed
-) -> Index:
+    shard_of: tuple[int, int] | None = None,  # k, n: only every n-th photo from the k-th, as one process of a job
+    embed: Callable[[Sequence[Photo]], Iterator[Sequence[Found]]] | None = None,  # elsewhere, as `cluster` does
+) -> Index:                       # None if `shard_of` is given and other photos are still missing
     "Index a folder or bring its index up to date. Raises VermouthError for an index of another model, damaged or busy."
     if batch_size < 1:
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
-    out, (photos, skipped) = Path(out), _find_photos(folder)
-    with database.connect(out, write=True) as db:
-        settings, head = _begin(db, out, folder, model)
-        rows, before = _known_photos(db, last := settings.get("last", 0))
-        known, embedded = {row[3] for row in rows.values() if row[3]}, 0
-        todo = [p for p in photos if (row := rows.get(p.path, [None] * 5))[:3] != [*p[1:]] or row[3] is None]
-        for batch in read_batches(folder, todo, batch_size, known, quiet):
-            embedded += _add_batch(db, model, batch, rows, known)
-        _add_batch(db, model, [(Photo(path), None, reason) for path, reason in skipped], rows, known)
+    (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), _find_photos(folder)
+    if n > 1:
+        update.read_part(folder, out, model, photos[k::n], f"part-{k}-of-{n}", batch_size, quiet or k > 0)
+    with database.connect(out, write=True, wait=n > 1) as db:
+        settings, head = update.begin(db, out, folder, model)
+        rows, before = update.known_photos(db, settings.get("last", 0))
+        known = {row[3] for row in rows.values() if row[3]}
+        embedded = update.take_in(db, out, model, photos, rows, known)
+        todo = [] if n > 1 else update.unread(photos, rows)
+        batches = embed(todo) if embed else embed_photos(model, folder, todo, batch_size, known, quiet)
+        embedded += sum(update.keep(db, found, rows, known) for found in batches)
+        if any(rows.get(p.path, [])[:3] != [*p[1:]] for p in photos):
+            return None  # type: ignore[return-value]  # for shard_of only
+        update.keep(db, [(Photo(path), [None, None, None, why, None, None]) for path, why in skipped], rows, known)
         gone = rows.keys() - {photo.path for photo in photos} - {path for path, _ in skipped}
         rows = {path: row for path, row in rows.items() if path not in gone}
         after = {path: row[3] for path, row in rows.items() if row[4] is None}
-        old = database.read_neighbours(out, settings, mapped=False)
-        same = old is not None and not gone and (settings["folder"], last) == (head["folder"], _newest(db))
-        if not same or bool(settings["trained"]) != (len(after) > exact):
-            head["misfit"] = _misfit(model, folder, sorted(after))
-            _publish(db, out, gone, old, exact, head)
-        database.remove_old(out, read_settings(db))
+        update.make_current(db, out, model, after, gone, exact, settings, head)
     index = Index(out, folder, verify=False)
     index.changes = _changes(before, after) | {"looked_at": embedded, "set_aside": len(rows) - len(after)}
     if not quiet:

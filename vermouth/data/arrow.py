@@ -291,3 +291,33 @@ def shards_in(out: Path) -> dict[int, re.Match]:
         if SHARD.fullmatch(name) and INFO not in names:
             raise VermouthError(f"out={str(out)!r}: holds {name} but no {INFO}. Give a new or an empty folder.")
     return {int(m[1]): m for m in map(SHARD.fullmatch, names) if m}
+
+# %% ../../nbs/data/07_arrow.ipynb #ece8700b
+def put_plan(out: Path, plan: Plan, once: bool = False) -> None:
+    "Write the plan of a store, as the description of a dataset; `once` leaves one that another process has written."
+    put_sealed(out / INFO, {"description": json.dumps(asdict(plan)), "features": features_of(plan).to_dict()}, once)
+
+# %% ../../nbs/data/07_arrow.ipynb #ff5c81ec
+def finish(out: Path, plan: Plan) -> None:
+    "Write the list of all shards. Raises VermouthError if one of them is damaged."
+    found, files = shards_in(out), []
+    head = [bare_key(plan.settings), plan.size, plan.maps, plan.items]
+    content, skipped_items = hashlib.sha256(json.dumps(head, sort_keys=True).encode()), []
+    for k in plan.shards:
+        path = out / found[k][0]
+        try:
+            texts, _, skipped = open_shard(path, plan)
+        except DAMAGE as e:
+            raise shard_error(path, "cannot be read") from e
+        for row in zip(*(column.to_pylist() for column in texts.columns), strict=True):
+            content.update(json.dumps(row).encode())
+        skipped_items += [item[:3] for item in skipped]
+        size = {"sha256": found[k][3], "bytes": path.stat().st_size, "items": len(texts)}
+        files.append({"filename": path.name, **size, "skipped": skipped})
+    content.update(json.dumps(skipped_items).encode())
+    state = dict.fromkeys(["_format_type", "_format_columns", "_split"]) | {"_data_files": files, "_format_kwargs": {}}
+    state |= {"_output_all_columns": False, "_fingerprint": content.hexdigest()[:16]}
+    put_sealed(out / STATE, state | {"plan": plan.digest, "checksum": content.hexdigest()})
+    for name in os.listdir(out):  # what a crash has left half-written
+        if name.startswith("data-") and name not in {file["filename"] for file in files}:
+            (out / name).unlink(missing_ok=True)

@@ -6,11 +6,14 @@
 __all__ = ['benchmark']
 
 # %% ../../nbs/experiments/04_bench.ipynb #55f6f991
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vermouth.backbone import Backbone, random_backbone
-from vermouth.core import frozen, pick_device, pick_dtype
-from vermouth.hooks import pyramid, tapped, unet_blocks
+from vermouth.backbone import Backbone, FeatureSettings, load_backbone, random_backbone
+from vermouth.core import VermouthError, frozen, pick_device, pick_dtype
+from vermouth.data.toybox import Toybox
+from vermouth.families.base import Condition
+from vermouth.hooks import tapped, unet_blocks
 
 # %% ../../nbs/experiments/04_bench.ipynb #e7ca47a9
 class _KeepWeights:
@@ -112,15 +117,16 @@ def dift_way(
 # %% ../../nbs/experiments/04_bench.ipynb #23dc281e
 def our_way(
     bb: Backbone,
-    latents: Tensor,  # (B,C,h,w) noised
-    context: Tensor,  # (B,T,D)
+    latents: Tensor,     # (B,C,h,w) noised
+    context: Condition,  # from `encode_text`
     stages: tuple[str, ...] = ("mid", "up"),
     attention: tuple[str, ...] = ("up_cross",),
     timestep: int = 200,
 ) -> list[Tensor]:    # (B,C,h,w) each
     "One pass, no further than needed, explicit weights only where a map is asked for."
     with frozen(bb.device):
-        return pyramid(bb.unet, latents.to(bb.dtype), timestep, context.to(bb.dtype), stages, attention)
+        context = context.to(bb.device, bb.dtype)
+        return bb.maps_at(latents, timestep, context, FeatureSettings(timestep, stages, attention))
 
 # %% ../../nbs/experiments/04_bench.ipynb #89ca13f9
 def elapsed_seconds(work: Callable[[], Any], device: torch.device = torch.device("cpu")) -> float:
@@ -152,9 +158,10 @@ def count_operations(work: Callable[[], Any]) -> int:
 def matrix_rate(
     device: torch.device,
     dtype: torch.dtype,
-    side: int = 2048,  # of two square matrices
-) -> float:            # operations per second
+    side: int | None = None,  # of two square matrices; None takes 2048, and 8192 on a GPU, where less is too quick
+) -> float:                   # operations per second
     "What the machine reaches in a plain matrix product."
+    side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     with torch.inference_mode():
         return 2 * side**3 / best_seconds(lambda: a @ b, 5, device)
@@ -194,12 +201,11 @@ def random_inputs(
     side: int,               # of the images in pixels
     batch: int,              # images at a time
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:  # (B,4,h,w) latents, (B,T,D) captions
-    "Random latents and captions of the right shapes."
+) -> tuple[Tensor, Any]:  # (B,C,h,w) latents, and captions from `encode_text`: a tensor where the family has one
+    "Random latents, and a caption for each."
     g = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, bb.unet.config.in_channels, side // bb.factor, side // bb.factor, generator=g)
-    context = torch.randn(batch, bb.tokens, bb.unet.config.cross_attention_dim, generator=g)
-    return latents.to(bb.device, bb.dtype), context.to(bb.device, bb.dtype)
+    latents = torch.randn(batch, bb.vae.config.latent_channels, side // bb.factor, side // bb.factor, generator=g)
+    return latents.to(bb.device, bb.dtype), bb.encode_text(["a photo of a cat"] * batch).to(bb.device, bb.dtype)
 
 # %% ../../nbs/experiments/04_bench.ipynb #fe981fb1
 def measure(
@@ -230,12 +236,61 @@ def benchmark(
     device: str | torch.device | None = None,  # None takes the best there is
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
     width: int = 1,                            # divides all channels, for tests
+    model: str = "",                           # a denoiser instead, as for `load_backbone`
+    overlay: Mapping[str, Any] = {},           # over its weights: unet, lora, variant
 ) -> list[dict[str, Any]]:                     # rows of `measure`
-    "This machine with a model of that size, in about a minute on two cores."
-    bb, rows = random_backbone(size, pick_device(device), "float32", width=width), []
+    "This machine with a model, in about a minute on two cores. Raises VermouthError for an overlay without a model."
+    if overlay and not model:
+        raise VermouthError(f"overlay={dict(overlay)}: over which weights? Pass model, a denoiser.")
+    rows: list[dict[str, Any]] = []
+    if model:
+        bb = load_backbone(model, device, "float32", **overlay)
+    else:
+        bb = random_backbone(size, pick_device(device), "float32", width=width)
     bb.optimize(batch=False)  # as `vermouth extract` reads
     for dtype in dtypes:
-        for part in (bb.unet, bb.vae, bb.text_encoder):
+        for part in bb.family.models.values():
             torch.nn.Module.to(part, pick_dtype(dtype))
         rows += measure(bb, side, batch, 2)
+    return rows
+
+# %% ../../nbs/experiments/04_bench.ipynb #40a25355
+_PROGRAM = (sys.executable, "-m", "vermouth.app.cli")
+_STARTS: dict[str, tuple[float, tuple[str, ...]]] = {  # what → goal in seconds, words; {place} is a folder
+    "vermouth --help": (1.0, ("--help",)),
+    "search, no denoiser": (3.0, ("search", "{place}/plain", "{place}/photos/fish/0.png", "-k", "3")),
+    "classify, no denoiser": (3.0, ("classify", "{place}/photos/fish/0.png", "--model", "{place}/linear")),
+    "search, a denoiser": (8.0, ("search", "{place}/deep", "{place}/photos/fish/0.png", "-k", "3")),
+}
+
+# %% ../../nbs/experiments/04_bench.ipynb #d8ae937e
+def run_program(*words: str) -> tuple[float, float]:  # seconds of wall time, of processor time
+    "Run the program to its end. Raises CalledProcessError if it fails."
+    import resource  # of Unix only
+
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([*_PROGRAM, *words], check=True, capture_output=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+# %% ../../nbs/experiments/04_bench.ipynb #565b2fff
+def startup_rows(
+    place: Path,                # an empty folder: photos, two indexes and a model are made in it
+    repeats: int = 3,           # the fastest counts: a disturbance only adds
+    names: Sequence[str] = tuple(_STARTS),
+) -> list[dict[str, Any]]:      # what, goal, seconds, cpu_seconds
+    "How long commands take from the shell's prompt to the shell's prompt, beside the goals for a quiet core."
+    for item in Toybox("photo", split="unseen", n=96, seed=4):
+        (folder := place / "photos" / ("fish" if item.label % 2 else "boat")).mkdir(parents=True, exist_ok=True)
+        item.image.save(folder / f"{len([*folder.iterdir()])}.png")
+    photos, out = str(place / "photos"), ["--out", str(place)]
+    run_program("index", photos, out[0], f"{out[1]}/plain", "--model", "efficientnet_lite0")
+    run_program("index", photos, out[0], f"{out[1]}/deep", "--model", "toybox")
+    run_program("train", photos, out[0], f"{out[1]}/linear", "--model", "efficientnet_lite0", "--shots", "2")
+    rows = []
+    for name in names:
+        goal, words = _STARTS[name]
+        runs = [run_program(*(word.format(place=place) for word in words)) for _ in range(repeats)]
+        best = {"seconds": min(wall for wall, _ in runs), "cpu_seconds": min(cpu for _, cpu in runs)}
+        rows.append({"what": name, "goal": goal} | best)
     return rows
