@@ -1,10 +1,12 @@
 "Every module imports alone, and the package quickly."
 
+import json
 import subprocess
 import sys
 
 from conftest import ROOT
 from house import MODULES, imports
+from photo_folders import write_photos
 
 IMPORT_ALONE = """
 import importlib, os, sys, traceback
@@ -29,6 +31,23 @@ for module in modules:
         print(module)
 """
 
+RUN_ALONE = """
+import json, os, sys
+import vermouth.expert  # torch and timm: loaded once, before the process splits
+from vermouth.app.cli import app
+large = {"diffusers", "open_clip", "transformers", "torch._dynamo", "sympy"}
+for words in json.load(sys.stdin):
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = app(words, standalone_mode=False) or 0
+        finally:
+            print(words, code, sorted(large & sys.modules.keys()), file=sys.stderr, flush=True)
+            os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
 
 def test_every_module_imports_alone():
     "Each in a process of its own, in which no other module of ours was loaded before."
@@ -37,6 +56,26 @@ def test_every_module_imports_alone():
     sources = " ".join(sorted(others)) + "\n" + " ".join(MODULES)
     run = subprocess.run([sys.executable, "-c", IMPORT_ALONE], input=sources, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and not run.stdout, run.stdout + run.stderr[-3000:]
+
+
+def test_commands_without_a_denoiser_import_no_large_library(tmp_path):
+    "Each in a process of its own: what takes seconds to import is for models that need it."
+    write_photos(tmp_path / "photos", 12)
+    lite0 = ["--model", "efficientnet_lite0"]
+    commands = [
+        ["index", "photos", "--out", "idx", *lite0],
+        ["train", "photos", "--out", "mine", "--shots", "2", *lite0],
+        ["search", "idx", "photos/0/00.png"],
+        ["classify", "photos/0/00.png", "--model", "mine"],
+        *(["check", what] for what in ("photos", "idx", "mine")),
+        ["verify", "idx"],
+        ["info"],
+    ]
+    given = {"input": json.dumps(commands), "cwd": tmp_path, "capture_output": True, "text": True}
+    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ended = [line for line in run.stderr.splitlines() if line.startswith("['") and not line.startswith("['train'")]
+    assert ended == [f"{command} 0 []" for command in commands if command[0] != "train"], run.stderr[-3000:]
 
 
 def test_importing_the_package_is_quick():

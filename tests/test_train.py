@@ -131,3 +131,41 @@ def test_auto_indexes_with_the_best_that_is_here_and_search_finds_it(place, tmp_
     assert found["hits"][0]["score"] > 0.999 and found["model"] == "efficientnet_lite0"
     refused = run_here("search", tmp_path / "idx", "a cat")
     assert refused.exit_code == 2 and "it reads images, not words" in refused.stderr
+
+
+def test_masks_are_trained_and_the_model_knows_its_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("vermouth.app.train.STEPS", 20)
+    for i, item in enumerate(Toybox("scene", n=8, seed=8)):
+        for part in ("images", "masks"):
+            (tmp_path / "scenes" / part).mkdir(parents=True, exist_ok=True)
+        item.image.save(tmp_path / "scenes/images" / f"{i}.png")
+        Image.fromarray(item.mask.astype(np.uint8) % 3).save(tmp_path / "scenes/masks" / f"{i}.png")
+    (tmp_path / "scenes/classnames.txt").write_text("sky\ngrass\nwater\n")
+    words = ["--task", "segment", "--out", tmp_path / "mine", "--model", "toybox", "--json"]
+    result = run_here("train", tmp_path / "scenes", *words)
+    methods = json.loads(result.stdout)["methods"]
+    assert [*methods] == ["segmentation head", "training-free masks", "most frequent class", "chance"], result.stderr
+    asked = ["--model", tmp_path / "mine", "--out", tmp_path / "mask.png", "--json"]
+    cut = json.loads(run_here("segment", tmp_path / "scenes/images/0.png", *asked).stdout)
+    assert [*cut["share"]] == ["sky", "grass", "water"] and sum(cut["share"].values()) == pytest.approx(1, abs=1e-3)
+    refused = run_here("index", tmp_path / "scenes/images", "--out", tmp_path / "idx", "--model", tmp_path / "mine")
+    assert refused.exit_code == 2 and "it was trained for masks, and its U-head was not" in refused.stderr
+    unnamed = run_here("segment", tmp_path / "scenes/images/0.png", "--out", tmp_path / "mask.png", "--model", "toybox")
+    assert unnamed.exit_code == 2 and "the model was not trained on masks. Give --names" in unnamed.stderr
+
+
+def test_a_linear_head_for_retrieval_needs_no_words(tmp_path):
+    for kind in ("photo", "sketch"):
+        for i, item in enumerate(Toybox(kind, split="unseen", n=48, seed=6)):
+            folder = tmp_path / "pairs" / kind / item.name
+            folder.mkdir(parents=True, exist_ok=True)
+            item.image.save(folder / f"{i}.png")
+    words = ["--task", "sbir", "--out", tmp_path / "mine", "--model", "efficientnet_lite0", "--json"]
+    result = run_here("train", tmp_path / "pairs", *words)
+    methods = json.loads(result.stdout)["methods"]
+    assert [*methods] == ["linear head", "training-free", "chance"], result.stderr
+    assert "no U-head: a U-head needs a denoiser and its CLIP" in result.stderr
+    made = run_here("index", tmp_path / "pairs/photo", "--out", tmp_path / "idx", "--model", tmp_path / "mine")
+    assert made.exit_code == 0, made.stderr
+    refused = run_here("search", tmp_path / "idx", "a cat")
+    assert refused.exit_code == 2 and "it reads images, not words" in refused.stderr

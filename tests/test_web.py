@@ -6,17 +6,22 @@ import json
 import socket
 import time
 import urllib.request
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
 from PIL import Image
+from sd_layout import write_folder
 from typer.testing import CliRunner
 from web_server import ask, event, form, make_index, png, serving, still_searches, uploaded
 
 from vermouth.app import middleware, web
 from vermouth.app.cli import app
 from vermouth.app.drawing import PNG
+from vermouth.app.index import build_index
 from vermouth.core import VermouthError
+from vermouth.data.toybox import Toybox
+from vermouth.model import open_model
 
 
 def canvas(data):
@@ -80,6 +85,30 @@ def test_without_gradio_a_sentence(monkeypatch, tmp_path):
     refused = CliRunner().invoke(app, ["web", str(tmp_path)])
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr == f"web: gradio is not installed. {web.INSTALL}\n"
+
+
+def test_a_stable_diffusion_without_training_is_searched(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, item in enumerate(Toybox("photo", n=3, seed=11)):
+        item.image.save(tmp_path / "photos" / f"{i}.png")
+    model = open_model(write_folder(tmp_path / "sd"), "cpu")
+    index = build_index(tmp_path / "photos", tmp_path / "idx", model, quiet=True)
+    photo = (tmp_path / "photos/1.png").read_bytes()
+    assert web.by_photo(index, model, photo, 1).count("1.png") == 2
+    with pytest.raises(VermouthError, match="it reads images, not words"):
+        web.by_words(index, model, "a red car")
+    with pytest.raises(VermouthError, match="it knows no class names"):
+        web.by_names(model, photo, "cat, dog")
+    with pytest.raises(VermouthError, match="has no trained U-head to look inside of"):
+        web.maps(model, photo, 200, 2)
+    assert web.cut_out(model, photo, "cat, dog").size
+    if find_spec("gradio"):  # the program itself, which finds the model by the index
+        with serving(tmp_path) as server:
+            parts = [part["props"] for part in json.loads(ask(f"{server}/config")[1])["components"]]
+            shown = {part.get("elem_id"): part["visible"] for part in parts if "visible" in part}
+            assert [shown[name] for name in ("draw", "drop", "words", "more")] == [True, True, False, False]
+            assert event(server, "drop", uploaded(server, photo), 1).count("1.png") == 2
+            assert "it reads images, not words" in event(server, "words", "a red car", 1)
 
 
 # The server

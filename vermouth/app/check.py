@@ -91,26 +91,35 @@ def _store(path: Path) -> Found:
     _warn_of_skipped(found.skipped)
     return repr(found), [_line("vermouth verify {}  # reads all of it", path)]
 
+# %% ../../nbs/app/10_check.ipynb #796bd9d3
+_VERBS = {"classify": "classify PHOTOS", "segment": "segment PHOTO --out MASK.png"}  # by the task of a trained model
+
 # %% ../../nbs/app/10_check.ipynb #7f076965
 def _model(path: Path) -> Found:
-    from vermouth.model import open_model
+    from vermouth.zoo.embedders import open_embedder
 
-    model = open_model(path, "cpu")
+    model: Any = open_embedder(path, "cpu")
+    if model is None:
+        from vermouth.model import open_model  # imports diffusers, which takes seconds
+
+        model = open_model(path, "cpu")
     known = f"; it knows {_count(len(model.labels), 'class', 'es')}" if model.labels else ""
-    verb = "classify PHOTOS" if model.labels else "index PHOTOS --out INDEX"
+    task = (getattr(model, "training_card", None) or {"task": ""})["task"]
+    verb = _VERBS.get(task, "index PHOTOS --out INDEX")
     return f"{type(model).__name__}{known}", [_line(f"vermouth {verb} --model {{}}", path)]
 
 # %% ../../nbs/app/10_check.ipynb #25ded97b
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text that a U-Net reads
+# by the width of the text that a U-Net reads
+_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 # %% ../../nbs/app/10_check.ipynb #fbb407b7
 def _checkpoint(path: Path) -> Found:
     from vermouth.backbone import load_backbone
 
     found = load_backbone(path, "cpu", "bfloat16")
-    config, count = found.unet.config, sum(p.numel() for p in found.unet.parameters())
-    family = _WIDTHS.get(config.cross_attention_dim, f"texts of width {config.cross_attention_dim}")
-    about = f"{family}: {count / 1e6:.0f} million weights in its U-Net, {config.sample_size * found.factor} px"
+    part, model = next(iter(found.family.models.items()))
+    count, title = sum(p.numel() for p in model.parameters()), found.family.title
+    about = f"{title}: {count / 1e6:.0f} million weights in its {part}, {min(found.native_size)} px"
     return about, [_line("vermouth index PHOTOS --out INDEX --model {}", path), _line(f"{_EXTRACT} --model {{}}", path)]
 
 # %% ../../nbs/app/10_check.ipynb #0e594ce5
@@ -136,7 +145,7 @@ def _lora(path: Path) -> Found:
     widths = [a.shape[1] for layer, (a, _, _) in found.pairs["unet"].items() if "attn2_to_k" in layer]
     if widths and widths[0] not in _WIDTHS and widths[0] >= 768:
         what = f"of a model with texts of width {widths[0]}"
-        raise VermouthError(f"lora={str(path)!r}: {what}. Give one of Stable Diffusion 1.x or 2.x.")
+        raise VermouthError(f"lora={str(path)!r}: {what}. Give one of Stable Diffusion or SDXL.")
     base = f" for {_WIDTHS.get(widths[0], f'texts of width {widths[0]}')}" if widths else ""
     title = {"unet": "U-Net", "text_encoder": "text encoder"}
     about = ", ".join(f"{_count(count, 'layer')} of the {title.get(part, part)}" for part, count in counts.items())
@@ -209,6 +218,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz")
 
 def _file(path: Path) -> tuple[str, Callable[[], Found]]:  # kind, inspector
     "What a file is for. Raises VermouthError for one that nothing here reads."
+    if not path.is_file():
+        raise VermouthError(f"{path}: a pipe or a device, which is not read. Give a file or a folder.")
     if path.suffix == ".safetensors":
         return _weights_file(path)
     if path.suffix in _PICKLES:

@@ -6,15 +6,15 @@
 __all__ = ['app']
 
 # %% ../../nbs/app/08_cli.ipynb #092b0ee9
-import errno
+import inspect
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,6 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../../nbs/app/08_cli.ipynb #2f611dc8
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _RESUMED = ("extract", "index", "run", "train")  # commands that keep what is finished
 
 # %% ../../nbs/app/08_cli.ipynb #21768b8c
@@ -50,15 +49,15 @@ def _ending(
 ) -> tuple[int, str]:     # exit code and sentence; code 0: a bug
     "Return how a command ends that an exception has stopped."
     if isinstance(error, KeyboardInterrupt):  # first: torch, half loaded, cannot be loaded again
-        again = " What is finished is kept: give the same command again." if command in _RESUMED else ""
-        return 130, f"{command}: interrupted.{again}"
+        again = "What is finished is kept: give" if command in _RESUMED else "Give"
+        return 130, f"{command}: interrupted. {again} the same command again."
     if isinstance(error, BrokenPipeError):
         return 141, ""
-    from vermouth.core import VermouthError, printable
+    from vermouth.core import DISK_ERRORS, VermouthError, printable
 
     if isinstance(error, VermouthError):
         return 2, str(error)
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"file={printable(error.filename)!r}" if error.filename else "output"
         return 2, f"{where}: {error.strerror}. Free some space, or give a place that is yours."
     return 0, ""
@@ -137,9 +136,9 @@ _Names = Annotated[str, typer.Option(help="Class names, two or more, with commas
 _BatchSize = Annotated[int, typer.Option(help="Images in one pass.")]
 _ShardOf = Annotated[
     tuple[int, int] | None,
-    typer.Option(metavar="K N", help="Only every N-th shard from the K-th (from 0), as one job of an array."),
+    typer.Option(metavar="K N", help="Only every N-th shard or photo from the K-th (0), as one job of an array."),
 ]
-_Engine = Annotated[str, typer.Option(help="'ray': shards as tasks of a Ray cluster. Default: this process.")]
+_Engine = Annotated[str, typer.Option(help="'ray': workers of a Ray cluster do it. Default: this process.")]
 _Workers = Annotated[int | None, typer.Option(help="Of --engine ray. Default: one per GPU, or one.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, mps. Default: the best there is.", show_default=False)]
 _Dtype = Annotated[
@@ -165,17 +164,55 @@ def _finish(
     if skipped:
         raise typer.Exit(1)
 
+# %% ../../nbs/app/08_cli.ipynb #3295c55f
+_Unet = Annotated[
+    str, typer.Option(help="Another U-Net in this checkpoint: a folder, a file, a hub id.", show_default=False)
+]
+_Lora = Annotated[list[str] | None, typer.Option(help="A LoRA to add: a file, a folder, a hub id. As often as needed.")]
+_Variant = Annotated[str, typer.Option(help="Weights of another name, as fp16.", show_default=False)]
+
+# %% ../../nbs/app/08_cli.ipynb #c6d9278b
+def _overlaid(command: Callable[..., None]) -> Callable[..., None]:
+    "Add --unet, --lora and --variant to a command; what is given of them is its `overlay`."
+    types: dict[str, tuple[Any, Any]] = {"unet": (_Unet, ""), "lora": (_Lora, None), "variant": (_Variant, "")}
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {name: values.pop(name) for name in types}
+        command(overlay={name: value for name, value in given.items() if value}, **values)
+
+    kind, own = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.signature(command).parameters
+    new = [inspect.Parameter(name, kind, default=value, annotation=of) for name, (of, value) in types.items()]
+    shown = [part for name, each in own.items() for part in (new if name == "overlay" else [each])]
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]  # where typer looks
+    run.__annotations__ = {each.name: each.annotation for each in shown}
+    return run
+
+# %% ../../nbs/app/08_cli.ipynb #4f13ff22
+def _optimized(model: Any) -> Any:
+    "Make a model with a denoiser faster on this machine; the numbers of a batch stay as asked for."
+    if hasattr(model, "backbone"):
+        model.backbone.optimize(batch=False)
+    return model
+
 # %% ../../nbs/app/08_cli.ipynb #42bfada0
-def _load_model(model: str, device: str, dtype: str = "float32", fetch: bool = False, words: bool = False) -> Any:
-    "The model of --model; with words, for auto, one that knows words."
+def _load_model(
+    model: str,
+    device: str,
+    dtype: str = "float32",
+    fetch: bool = False,
+    words: bool = False,
+    overlay: Mapping[str, Any] = {},
+) -> Any:
+    "The model of --model with its overlay; with words, for auto, one that knows words."
     from vermouth.zoo.embedders import open_embedder
 
     allow = [*_ALLOWED, "hub"] if fetch else _ALLOWED
-    if (found := open_embedder(model, device or None, words, allow)) is not None:
+    if (found := open_embedder(model, device or None, words, allow, overlay)) is not None:
         return found
     from vermouth.model import open_model  # imports diffusers, which takes seconds
 
-    return open_model(model, device or None, dtype, words, allow)
+    return _optimized(open_model(model, device or None, dtype, words, allow, **overlay))
 
 # %% ../../nbs/app/08_cli.ipynb #d0c5da17
 def _say(model: Any, note: str) -> None:
@@ -297,23 +334,14 @@ _Size = Annotated[
     typer.Option(help="Side in pixels that images are resized to. Default: 256, or the model's own if smaller."),
 ]
 
-# %% ../../nbs/app/08_cli.ipynb #3295c55f
-_Unet = Annotated[
-    str, typer.Option(help="Another U-Net in this checkpoint: a folder, a file, a hub id.", show_default=False)
-]
-_Lora = Annotated[list[str] | None, typer.Option(help="A LoRA to add: a file, a folder, a hub id. As often as needed.")]
-_Variant = Annotated[str, typer.Option(help="Weights of another name, as fp16.", show_default=False)]
-
 # %% ../../nbs/app/08_cli.ipynb #92d22a98
-def _load_frozen(
-    model: str, captioner: str, expert: str, device: str, dtype: str, unet: str, lora: list[str], variant: str
-) -> tuple:
+def _load_frozen(model: str, captioner: str, expert: str, device: str, dtype: str, overlay: Mapping[str, Any]) -> tuple:
     "Backbone, captioner and expert of --model, --captioner and --expert; None for those that are not wanted."
     from vermouth.backbone import load_backbone
     from vermouth.expert import load_expert
     from vermouth.text import load_captioner
 
-    backbone = load_backbone(model, device or None, dtype, variant=variant or None, unet=unet or None, lora=lora)
+    backbone = load_backbone(model, device or None, dtype, **overlay)
     backbone.optimize(batch=False)  # the batch is the user's: a store's bytes follow from what was asked for
     name = captioner or ("toybox" if model == "toybox" else _BLIP)
     blip = None if name == "none" else load_captioner(name, backbone.device)
@@ -366,13 +394,12 @@ def _report_store(
 
 # %% ../../nbs/app/08_cli.ipynb #5fc82d22
 @app.command(cls=_PairCommand)
+@_overlaid
 def extract(
     images: _Images,
     out: _Store,
     model: _Denoiser = "toybox",
-    unet: _Unet = "",
-    lora: _Lora = None,
-    variant: _Variant = "",
+    overlay: Mapping[str, Any] = {},
     captioner: _Captioner = "",
     expert: _Expert = "",
     size: _Size = None,
@@ -392,7 +419,7 @@ def extract(
 
     items, settings = unpacked(image_paths(images, sys.stdin)), _feature_settings(parameter, engine)
     kept = _store_type(dtype, device, Path(out))
-    load = partial(_load_frozen, model, captioner, expert, device, kept, unet, lora or [], variant)
+    load = partial(_load_frozen, model, captioner, expert, device, kept, overlay)
     backbone, blip, frozen = load()
     side = min(256, *backbone.native_size) if size is None else size
     options = {"size": side, "batch_size": batch_size, **settings}
@@ -439,30 +466,53 @@ def check(
 
 # %% ../../nbs/app/08_cli.ipynb #e3f9b83d
 @app.command(cls=_Command)
+@_overlaid
 def index(
     folder: Annotated[Path, typer.Argument(help="Photos, with sub-folders.")],
     out: Annotated[Path, typer.Option(help="Folder of the index. An existing one is brought up to date.")],
     model: _Model = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     batch_size: Annotated[int, typer.Option(help="Photos at a time: what a crash can cost.")] = 32,
+    shard_of: _ShardOf = None,
+    engine: _Engine = "",
+    workers: _Workers = None,
     device: _Device = "",
     dtype: _Dtype = "float32",
     as_json: _Json = False,
 ) -> None:
-    "Compute the vectors of a folder's photos, so that they can be searched."
+    "Compute the vectors of a folder's photos, so that they can be searched. Processes share the work as for extract."
     from vermouth.app.index import build_index
+    from vermouth.core import choose, job_share
 
-    network = _load_model(model, device, dtype, fetch)
+    choose("engine", engine or "ray", ["ray"])
+    load = partial(_load_model, model, device, dtype, fetch, False, overlay)
+    network, options = load(), {"batch_size": batch_size, "quiet": as_json}
     with redirect_stdout(sys.stderr):
-        made = build_index(folder, out, network, batch_size, quiet=as_json)
+        if engine:
+            on_ray = import_module("vermouth.app.cluster").index_on_ray
+            made = on_ray(load, folder, out, workers, model=network, **options)
+        else:
+            made = build_index(folder, out, network, shard_of=job_share(shard_of), **options)
+    if made is None:
+        return _finish({"index": str(out), "complete": False}, [f"{out}: other photos are still missing"], as_json)
     _say(network, made.misfit if as_json else "")  # else the report has said it
     checksum = made.settings["checksum"]
     document = {"index": str(out), **made.changes, "how": made.how, "checksum": checksum, "set_aside": made.skipped}
     document |= {"model": network.name, "warning": made.misfit or None}
     _finish(document, [f"{len(made)} photos are in {out}, checksum {checksum}"], as_json, made.skipped)
 
+# %% ../../nbs/app/08_cli.ipynb #d296eb9d
+def _index_model(photos: Any, model: str, overlay: Mapping[str, Any], device: str, dtype: str, fetch: bool) -> Any:
+    "The model of --model for an index; auto is the one that made it, with the overlay that it had or another."
+    if model == "auto" and not overlay:
+        return _optimized(photos.own_model(device or None, dtype))
+    source = photos.settings.get("source", "") if model == "auto" else model
+    return _load_model(source or model, device, dtype, fetch, overlay=overlay)
+
 # %% ../../nbs/app/08_cli.ipynb #74dda289
 @app.command(cls=_Command)
+@_overlaid
 def search(
     index: _Index,
     query: Annotated[str, typer.Argument(help="A drawing or a photo by its path, or words: 'a red car'.")],
@@ -472,6 +522,7 @@ def search(
     subtract: Annotated[list[str] | None, typer.Option(help="Words or an image whose meaning is taken away.")] = None,
     weight: Annotated[float, typer.Option(help="Of each --add and --subtract, beside the query's 1.")] = 1.0,
     model: _IndexModel = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     device: _Device = "",
     dtype: _Dtype = "float32",
@@ -482,7 +533,7 @@ def search(
     from vermouth.app.search import Index, hits_page, is_words
 
     photos = Index(index)  # before the model is loaded: a wrong folder is refused at once
-    network = photos.own_model(device or None, dtype) if model == "auto" else _load_model(model, device, dtype, fetch)
+    network = _index_model(photos, model, overlay, device, dtype, fetch)
     hits = photos.search(query, network, k, add or (), subtract or (), weight)
     note = photos.misfit or fit_note(network, [] if is_words(query) else [query])
     if html:
@@ -496,10 +547,12 @@ def search(
 
 # %% ../../nbs/app/08_cli.ipynb #c69c24d1
 @app.command(cls=_Command)
+@_overlaid
 def classify(
     images: _Images,
     names: _Names = "",
     model: _Model = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     top: Annotated[int, typer.Option("-k", help="How many names to print, the likeliest first.")] = 3,
     reject: Annotated[
@@ -515,7 +568,7 @@ def classify(
     from vermouth.core import printable
 
     class_names, paths = split_names(names), image_paths(images, sys.stdin)
-    network = _load_model(model, device, fetch=fetch, words=True)
+    network = _load_model(model, device, fetch=fetch, words=True, overlay=overlay)
     note = fit_note(network, some_images(paths), chosen=model == "auto")
     results, skipped = classify_files(network, paths, class_names, batch_size, reject)
     lines = []
@@ -531,15 +584,18 @@ def classify(
 
 # %% ../../nbs/app/08_cli.ipynb #7f166a24
 @app.command(cls=_Command)
+@_overlaid
 def train(
-    root: Annotated[Path, typer.Argument(help="ROOT/class/image, or train/ and test/; sbir: ROOT/{photo,sketch}/…")],
+    root: Annotated[Path, typer.Argument(help="Of classes, photo/ and sketch/, or images/ and masks/.")],
     out: Annotated[Path, typer.Option(help="Folder of the model. Features are kept in it, too.")],
-    task: Annotated[str, typer.Option(help="classify, or sbir: photos for drawings.")] = "classify",
+    task: Annotated[str, typer.Option(help="classify; sbir: photos for drawings; segment: masks.")] = "classify",
     model: _Model = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     expert: _Expert = "",
     shots: Annotated[int, typer.Option(help="Training images of each class. Default: all.", show_default=False)] = 0,
     head: Annotated[str, typer.Option(help="linear, uhead, or both: the better on held-back images is kept.")] = "both",
+    size: _Size = None,
     seed: Annotated[int, typer.Option(help="Of shots, of what is held back, of weights.")] = 0,
     device: _Device = "",
     dtype: _Dtype = "float32",
@@ -551,21 +607,20 @@ def train(
 
     choose("task", task, TASKS)
     if not root.is_dir():
-        raise VermouthError(f"root={str(root)!r}: no such folder. Give one with a folder of images for each class.")
-    network = _load_model(model, device, dtype, fetch)
+        raise VermouthError(f"root={str(root)!r}: no such folder. Give one with images as the task has them.")
+    network = _load_model(model, device, dtype, fetch, overlay=overlay)
     _say(network, "")
-    options = {"expert": expert, "shots": shots, "head": head, "seed": seed, "device": device or None}
+    options = {"expert": expert, "shots": shots, "head": head, "seed": seed, "device": device or None, "size": size}
     with redirect_stdout(sys.stderr):
         made = train_model(task, root, out, network, quiet=as_json, **options)
     for line in made.lines:
         typer.echo(line, err=True)
     rows = [[method, *("" if value != value else f"{value:.1%}" for value in values)] for method, *values in made.table]
-    table = _table(["", "held back", "test"], rows)
+    table = _table([made.metric, "held back", "test"], rows)
     document = {"model": str(out), "features": network.name, **made.model.training_card}
     del document["calibration"]
     numbers = {method: [None if value != value else value for value in values] for method, *values in made.table}
-    document["methods"] = numbers  # held back, test
-    document |= {"set_aside": made.skipped, "next": made.next}
+    document |= {"methods": numbers, "set_aside": made.skipped, "next": made.next}  # numbers: held back, test
     _finish(document, [*table, f"next: {made.next}"], as_json, made.skipped)
 
 # %% ../../nbs/app/08_cli.ipynb #e024e1c7
@@ -578,23 +633,27 @@ _Short = Annotated[
 
 # %% ../../nbs/app/08_cli.ipynb #5bc4775a
 @app.command(cls=_Command)
+@_overlaid
 def segment(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    names: _Names,
     out: Annotated[Path, typer.Option(help="The PNG file for the mask.")],
+    names: _Names = "",
     model: _Model = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     short: _Short = None,
     device: _Device = "",
     as_json: _Json = False,
 ) -> None:
-    "Name every pixel of an image."
-    from vermouth.app.answers import check_mask, check_names, fit_note, split_names, write_mask
+    "Name every pixel of an image; a model that was trained on masks knows its own classes."
+    from vermouth.app.answers import check_mask, check_names, fit_note, mask_names, split_names, write_mask
     from vermouth.images import read_image
 
-    class_names, picture = split_names(names) or [], read_image(image)
+    class_names, picture = split_names(names), read_image(image)
+    check_mask(len(class_names or ()), out)
+    network = _load_model(model, device, fetch=fetch, words=True, overlay=overlay)
+    class_names = class_names or mask_names(network)
     check_mask(len(class_names), out)
-    network = _load_model(model, device, fetch=fetch, words=True)
     check_names(network, class_names)
     note = fit_note(network, [picture], chosen=model == "auto")
     labels = network.segment(picture, class_names, short=short)
@@ -607,9 +666,11 @@ def segment(
 
 # %% ../../nbs/app/08_cli.ipynb #0ec1cbb0
 @app.command(cls=_Command)
+@_overlaid
 def web(
     index: _Index,
     model: _IndexModel = "auto",
+    overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
@@ -624,10 +685,7 @@ def web(
 
     photos = Index(index)
 
-    def load() -> Any:
-        return photos.own_model(device or None, dtype) if model == "auto" else _load_model(model, device, dtype, fetch)
-
-    serve(photos, load, host, port, typer.echo)
+    serve(photos, partial(_index_model, photos, model, overlay, device, dtype, fetch), host, port, typer.echo)
 
 # %% ../../nbs/app/08_cli.ipynb #4ca30f6d
 _PACKAGES = (
@@ -668,7 +726,7 @@ def _installation() -> dict[str, Any]:
     sizes = {p.relative_to(root): p.stat().st_size for p in sorted(root.rglob("*")) if p.suffix in kinds}
     try:
         cached = {repo.repo_id: repo.size_on_disk for repo in scan_cache_dir().repos if repo.repo_type == "model"}
-    except CacheNotFound:
+    except (CacheNotFound, OSError):  # none, or not ours to read
         cached = {}
     origin = provenance(device := pick_device(), _PACKAGES)
     return {
@@ -698,8 +756,13 @@ def info(as_json: _Json = False) -> None:
 
 # %% ../../nbs/app/08_cli.ipynb #f1403a98
 @app.command(cls=_Command)
+@_overlaid
 def bench(
     size: Annotated[str, typer.Option(help="Whose size the random model has: sd1, sd2.1, sd2.1-base.")] = "sd1",
+    model: Annotated[
+        str, typer.Option(help="A denoiser instead: 'toybox', a folder, or a name on the hub.", show_default=False)
+    ] = "",
+    overlay: Mapping[str, Any] = {},
     side: Annotated[int, typer.Option(help="Of the images in pixels.")] = 256,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
     dtype: Annotated[
@@ -709,11 +772,12 @@ def bench(
     device: _Device = "",
     as_json: _Json = False,
 ) -> None:
-    """Images per second with a model of Stable Diffusion's size and random weights, and the share of what this machine
-    can do."""
+    """Images per second with a model of Stable Diffusion's size and random weights, or with a denoiser, and the share
+    of what this machine can do."""
     from vermouth.experiments.bench import benchmark
 
-    rows = benchmark(size, side, batch, device or None, tuple(dtype or ("float32", "bfloat16")), width)
+    options = {"model": model, "overlay": overlay}
+    rows = benchmark(size, side, batch, device or None, tuple(dtype or ("float32", "bfloat16")), width, **options)
     cells = []
     for row in rows:
         speed = [f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}", f"{row['share']:.0%}"]

@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from ..core import VermouthError, printable, write_atomic
 from ..experiments.tables import unescape_formula
@@ -40,15 +42,18 @@ def _move_links(
 
 # %% ../../nbs/app/09_docs.ipynb #a53d84e2
 def _output_markdown(
-    output: dict,  # one output of a code cell, as JSON
-) -> str:          # Markdown; empty for progress bars and warnings
-    "An output as Markdown, text in a fence. Raises VermouthError for an error and for a picture."
+    output: dict,        # one output of a code cell, as JSON
+    picture: str = "",   # what a picture shows, to stand in its place
+) -> str:                # Markdown; empty for progress bars and warnings
+    "An output as Markdown, text in a fence. Raises VermouthError for an error, and for a picture without words."
     if output["output_type"] == "error":
         raise VermouthError(
             f"notebook: a cell ends in {output['ename']}. Run the page again before it becomes README.md."
         )
     data = output.get("data", {})
     if any(kind.startswith("image/") for kind in data):
+        if picture:
+            return f"*Picture: {picture}*"
         raise VermouthError(
             "notebook: a cell shows a picture that README.md cannot carry. Save it under nbs/images and link it: "
             "![what it shows](images/name.png)."
@@ -60,8 +65,9 @@ def _output_markdown(
 
 # %% ../../nbs/app/09_docs.ipynb #78356919
 def _cell_markdown(
-    cell: dict,      # one cell, as JSON
-) -> Iterator[str]:  # the Markdown blocks it becomes
+    cell: dict,              # one cell, as JSON
+    pictures: bool = False,  # describe pictures by their `fig-alt`, instead of refusing them
+) -> Iterator[str]:          # the Markdown blocks it becomes
     "A Markdown cell as it is; a code cell as a fence followed by its outputs."
     lines = "".join(cell["source"]).splitlines()
     if cell["cell_type"] == "markdown":
@@ -75,7 +81,9 @@ def _cell_markdown(
     if code and "echo:false" not in flags:
         yield f"```python\n{code}\n```"
     if "output:false" not in flags:
-        yield from map(_output_markdown, cell["outputs"])
+        alt = re.search(r'^#\|\s*fig-alt:\s*"?(.*?)"?$', "\n".join(lines), re.M)
+        picture = (alt[1] if alt else "without description") if pictures else ""
+        yield from (_output_markdown(output, picture) for output in cell["outputs"])
 
 # %% ../../nbs/app/09_docs.ipynb #36031bb0
 def readme_text(
@@ -103,6 +111,84 @@ def write_readme(
     readme = Path(readme)
     write_atomic(readme, readme_text(notebook, readme.resolve().parent).encode())
     return readme
+
+# %% ../../nbs/app/09_docs.ipynb #d222e617
+class _SitePage(NamedTuple):
+    "A page as nbdev has processed it."
+
+    title: str
+    about: str         # its sentence
+    address: str       # of its HTML, from the root of the site
+    cells: list[dict]  # as JSON, without the front matter
+
+# %% ../../nbs/app/09_docs.ipynb #4bac8e9f
+def _site_pages(
+    processed: Path,         # the folder that nbdev writes
+) -> dict[str, _SitePage]:   # page → what it says
+    "Read all processed pages. Raises VermouthError if there are none."
+    pages = {}
+    for file in sorted(processed.rglob("*.ipynb")):
+        name = file.relative_to(processed).as_posix()
+        front, *cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        head = yaml.safe_load("".join(front["source"]).strip().strip("-"))
+        address = posixpath.join(posixpath.dirname(name), head["output-file"])
+        pages[name] = _SitePage(str(head["title"]), str(head.get("description", "")), address, cells)
+    if not pages:
+        raise VermouthError(f"processed={processed.name!r}: no pages in this folder. Run nbdev_docs first.")
+    return pages
+
+# %% ../../nbs/app/09_docs.ipynb #7450e670
+def _page_copy(
+    name: str,                     # of a page
+    pages: dict[str, _SitePage],
+) -> str:
+    "A page of the site in Markdown, its links leading to the other copies."
+    page, folder = pages[name], posixpath.dirname(name)
+
+    def copy_of(link):
+        target, _, place = link[2].partition("#")
+        if (found := pages.get(posixpath.normpath(posixpath.join(folder, target)))) is None:
+            return link[0]
+        return link[1] + posixpath.relpath(found.address + ".md", folder or ".") + (f"#{place}" if place else "")
+
+    blocks = [block for cell in page.cells for block in _cell_markdown(cell, pictures=True) if block]
+    parts = _FENCE.split("\n\n".join([f"# {page.title}", f"> {page.about}", *blocks]))
+    return "".join(part if i % 2 else _LINK.sub(copy_of, part) for i, part in enumerate(parts)) + "\n"
+
+# %% ../../nbs/app/09_docs.ipynb #aa531aa6
+def _llms_text(
+    website: dict[str, Any],      # of `_quarto.yml`
+    pages: dict[str, _SitePage],
+) -> str:
+    "The list of all pages, by the sidebars that hold them."
+    blocks = [f"# {website['title']}", f"> {website['description']}"]
+    for sidebar in website["sidebar"]:
+        lines, rest = [], list(sidebar["contents"])
+        while rest:
+            entry = rest.pop(0)
+            if isinstance(entry, dict) and "contents" in entry:
+                rest = [*entry["contents"], *rest]
+                continue
+            page = pages[entry if isinstance(entry, str) else entry["href"]]
+            lines.append(f"- [{page.title}]({website['site-url']}/{page.address}.md): {page.about}")
+        blocks += [f"## {sidebar['title']}", "\n".join(lines)]
+    return "\n\n".join(blocks) + "\n"
+
+# %% ../../nbs/app/09_docs.ipynb #4f35eb0d
+def write_site_markdown(
+    processed: str | Path = "_proc",  # the folder of pages that nbdev has processed
+    site: str | Path = "_docs",       # the folder of the rendered site
+) -> list[Path]:                      # the files written
+    "Write `llms.txt` and a Markdown copy of each page into the site."
+    processed, site = Path(processed), Path(site)
+    pages = _site_pages(processed)
+    website = yaml.safe_load((processed / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    texts = {page.address + ".md": _page_copy(name, pages) for name, page in pages.items()}
+    texts["llms.txt"] = _llms_text(website, pages)
+    for name, text in texts.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text, encoding="utf-8")
+    return [site / name for name in texts]
 
 # %% ../../nbs/app/09_docs.ipynb #5f1d290b
 def _markdown_table(
@@ -235,7 +321,7 @@ def _methods(
     return {node.name: node for node in methods if not node.name.startswith("_")}
 
 # %% ../../nbs/app/09_docs.ipynb #c333c7e1
-_FOLDERS = ("library", "zoo", "data", "tasks", "experiments", "app", "pretrain")  # in reading order
+_FOLDERS = ("library", "families", "zoo", "data", "tasks", "experiments", "app", "pretrain")  # in reading order
 
 # %% ../../nbs/app/09_docs.ipynb #9caa5c1c
 def _module_of(
@@ -388,4 +474,9 @@ def house_table(
 
 # %% ../../nbs/app/09_docs.ipynb #9de8e7ab
 if __name__ == "__main__" and "__file__" in globals():
-    print(house_table(cases="--list" in sys.argv) if "--house" in sys.argv else f"wrote {write_readme()}")
+    if "--house" in sys.argv:
+        print(house_table(cases="--list" in sys.argv))
+    elif "--markdown" in sys.argv:
+        print(f"wrote {len(write_site_markdown())} files")
+    else:
+        print(f"wrote {write_readme()}")

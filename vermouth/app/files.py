@@ -288,6 +288,8 @@ def packed_images(
 ) -> list[PackedImage]:  # in the order of the file
     "Return the images of one shard. Raises VermouthError if it is no plain tar file."
     try:
+        if not tar.is_file():
+            raise OSError("no such file" if not tar.exists() else "a pipe, a device or a folder")
         with tar.open("rb") as file:
             members = _tar_members(file)
     except (OSError, tarfile.TarError) as e:

@@ -8,14 +8,18 @@ __all__ = []
 # %% ../../nbs/app/13_pages.ipynb #a42fb077
 import ast
 import inspect
+import json
 import re
 import textwrap
+from collections.abc import Sequence
+from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from fastcore.docments import MarkdownRenderer, qual_name
 
 from vermouth.experiments.tables import measured_rows
@@ -88,46 +92,105 @@ def _plain_fences(text: str) -> str:
 
 # %% ../../nbs/app/13_pages.ipynb #1ac01544
 class _Table(HTMLParser):
-    "Rows of texts of the first HTML table."
+    "The first HTML table: rows of texts, how many of them are headers, how many columns name the rows."
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.inside, self.skipping = False, False
+        self.heads, self.keys, self.columns, self.skipping = 0, 0, range(0), False
+        self.hanging: dict[int, int] = {}  # column → rows that a cell above it still covers
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag == "tr":
             self.rows.append([])
         self.skipping = tag == "style"
         if tag in ("td", "th"):
-            span = int(dict(attributes).get("colspan") or 1)
-            self.rows[-1] += [""] * span
-            self.inside, self.column = True, len(self.rows[-1]) - span
+            across, down = (int(dict(attributes).get(f"{way}span") or 1) for way in ("col", "row"))
+            row = self.rows[-1]
+            while self.hanging.get(len(row)):
+                self.hanging[len(row)] -= 1
+                row.append("")
+            self.columns = range(len(row), len(row) + across)
+            self.hanging |= {column: down - 1 for column in self.columns}
+            row += [""] * across
+            if tag == "th" and self.heads:
+                self.keys = max(self.keys, len(row))
 
     def handle_endtag(self, tag: str) -> None:
-        self.inside, self.skipping = self.inside and tag not in ("td", "th"), False
+        if tag == "thead":
+            self.heads = len(self.rows)
+        self.columns, self.skipping = range(0) if tag in ("td", "th") else self.columns, False
 
     def handle_data(self, data: str) -> None:
-        if self.inside and not self.skipping:
-            self.rows[-1][self.column] += " ".join(data.split()).replace("|", "\\|")
+        for column in self.columns if not self.skipping else ():
+            self.rows[-1][column] += " ".join(data.split()).replace("|", "\\|")
+
+# %% ../../nbs/app/13_pages.ipynb #42a193b8
+def _one_head(
+    rows: list[list[str]],  # the headers
+    keys: int,              # columns that name the rows
+) -> list[str]:
+    "Headers of several levels in one row."
+    levels = [list(dict.fromkeys(filter(None, column))) for column in zip(*rows, strict=True)]
+    return [levels[i][-1] if i < keys and levels[i] else ": ".join(levels[i]) for i in range(len(levels))]
+
+# %% ../../nbs/app/13_pages.ipynb #b53704b6
+_PAGE = 740  # CSS pixels of the column of text, less a few: letters differ in width
+
+# %% ../../nbs/app/13_pages.ipynb #ed8cef15
+def _needs(
+    cells: Sequence[str],
+    words: int = 0,  # letters that it should have room for, if a cell has as many
+) -> int:            # pixels
+    "What a column needs at least: its longest word and the space beside it."
+    letters = max((len(word) for cell in cells for word in cell.split()), default=0)
+    return 16 + 8 * max(letters, min(words, max(map(len, cells))))
+
+
+def _blocks(
+    lines: list[list[str]],  # header and body
+    keys: int,               # columns that name the rows
+) -> list[list[int]]:        # the columns of each table
+    "Columns in groups that fit the page, in order."
+    # names of rows of up to 22 letters stay on one line
+    needs = [_needs(column, 22 * (i < keys)) for i, column in enumerate(zip(*lines, strict=True))]
+    free, groups = _PAGE - sum(needs[:keys]), [list(range(keys))]
+    left = free
+    for column in range(keys, len(needs)):
+        if needs[column] > left and len(groups[-1]) > keys:
+            groups.append(list(range(keys)))
+            left = free
+        groups[-1].append(column)
+        left -= needs[column]
+    return groups
 
 # %% ../../nbs/app/13_pages.ipynb #04d67fdc
+def _pipe_table(lines: list[list[str]]) -> str:
+    "A header and rows in Markdown, numbers to the right."
+    number = re.compile(r"[-−+]?[\d,.]+(e[-+]?\d+)?%?|nan|NaN|–|")
+    right = [all(number.fullmatch(row[i]) for row in lines[1:]) for i in range(len(lines[0]))]
+    lines = [lines[0], ["--:" if r else ":--" for r in right], *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+# %% ../../nbs/app/13_pages.ipynb #18d28373
 def markdown_table(html: str) -> str:
-    "The first table of an HTML text in Markdown, numbers to the right; empty if there is none."
+    "The first table of an HTML text in Markdown, or several where it is wider than the page; empty if there is none."
     parser = _Table()
     parser.feed(html)
     rows = [row for row in parser.rows if row]
     if len(rows) < 2:
         return ""
-    width = max(map(len, rows))
-    head, *body = [row + [""] * (width - len(row)) for row in rows]
-    if not any(body[0][1:]):  # pandas writes the index's names in a row of their own
-        names, *body = body
-        head = [a or b for a, b in zip(head, names, strict=True)]
-    number = re.compile(r"[-−+]?[\d,.]+(e[-+]?\d+)?%?|nan|NaN|–|")
-    right = [all(number.fullmatch(row[i]) for row in body) for i in range(width)]
-    lines = [head, ["--:" if r else ":--" for r in right], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    width, heads = max(map(len, rows)), max(parser.heads, 1)
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    lines = [_one_head(rows[:heads], parser.keys)]
+    lines += [["–" if cell == "NaN" else cell for cell in row] for row in rows[heads:]]
+    tables = []
+    for columns in (groups := _blocks(lines, parser.keys)):
+        shown = [[row[i] for i in columns] for row in lines]
+        if len(groups) > 1:
+            shown = shown[:1] + [row for row in shown[1:] if set(row[parser.keys :]) - {"", "–"}]
+        tables.append(_pipe_table(shown))
+    return "\n\n".join(tables)
 
 # %% ../../nbs/app/13_pages.ipynb #c304d50e
 _CHECK = re.compile(r"test_\w+|assert")
@@ -160,18 +223,70 @@ def _is_log(output: Any) -> bool:
 def _is_results(path: str | Path) -> bool:
     return bool(re.fullmatch(r"[1-9]\d_\w+", Path(path).stem)) and Path(path).parent.name == "nbs"
 
+# %% ../../nbs/app/13_pages.ipynb #ef4829d5
+@cache
+def _sidebar_titles(
+    folder: Path,     # of the pages
+) -> dict[str, str]:  # page → its text in a sidebar, for those that have one
+    "Titles of pages as `_quarto.yml` has them."
+    file, titles = folder / "_quarto.yml", dict[str, str]()
+    rest = yaml.safe_load(file.read_text(encoding="utf-8"))["website"]["sidebar"] if file.is_file() else []
+    while rest:
+        entry = rest.pop()
+        if isinstance(entry, dict):
+            rest += entry.get("contents", [])
+            titles |= {entry["href"]: entry["text"]} if {"href", "text"} <= set(entry) else {}
+    return titles
+
+# %% ../../nbs/app/13_pages.ipynb #176f59ff
+def _site_title(path: str | Path) -> str:
+    "The sidebar's title of a page; empty if it has none of its own."
+    path = Path(path)
+    folder = next((above for above in path.parents if (above / "_quarto.yml").is_file()), path.parent)
+    return _sidebar_titles(folder).get(path.relative_to(folder).as_posix(), "")
+
+# %% ../../nbs/app/13_pages.ipynb #f074d23b
+_NESTED = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^()\s]*\)([^\[\]]*)\]\(")
+_COMMAND = re.compile(r"\[(`(\w+)(?:\(\))?`)\]\((\S*?)app/cli\.html#\w+\)")
+
+# %% ../../nbs/app/13_pages.ipynb #b80609b5
+def _mend_links(text: str) -> str:
+    "Markdown without links inside links, and without a command where a function is meant."
+
+    def function(command: re.Match[str]) -> str:
+        known = import_module("vermouth._modidx").d["syms"]
+        modules = {module: syms for module, syms in known.items() if module != "vermouth.app.cli"}
+        places = [syms[name][0] for module, syms in modules.items() if (name := f"{module}.{command[2]}") in syms]
+        return f"[{command[1]}]({command[3]}{places[0]})" if places else command[1]
+
+    return _COMMAND.sub(function, _NESTED.sub(r"[\1\2\3](", text))
+
+# %% ../../nbs/app/13_pages.ipynb #a398a6fb
+def _try_it_first(cells: list[Any]) -> list[Any]:
+    "Cells with the section \"Try it\" before the first code."
+    first = next((i for i, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
+    start = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Try it")), 0)
+    if start <= first:
+        return cells
+    stop = next((i for i in range(start + 1, len(cells)) if cells[i].source.startswith("## ")), len(cells))
+    return [*cells[:first], *cells[start:stop], *cells[first:start], *cells[stop:]]
+
 # %% ../../nbs/app/13_pages.ipynb #f5f8d7d4
 class SiteProcessor:
     "What nbdev does to each page last."
 
     def __init__(self, nb: Any):
         self.nb = nb
-        self.results = _is_results(getattr(nb, "path_", ""))
+        self.path = Path(getattr(nb, "path_", ""))
+        self.results = _is_results(self.path)
 
     def __call__(self, cell: Any) -> None:
         if cell.cell_type == "raw" and self.results:
-            name = f"output-file: {Path(self.nb.path_).stem}.html"
-            cell.source = re.sub(r"^output-file: .*$", name, cell.source, flags=re.M)
+            cell.source = re.sub(r"^output-file: .*$", f"output-file: {self.path.stem}.html", cell.source, flags=re.M)
+        if cell.cell_type == "raw" and (title := _site_title(self.path)):
+            cell.source = re.sub(r"^title: .*$", f"title: {json.dumps(title)}", cell.source, count=1, flags=re.M)
+        if cell.cell_type == "markdown" and self.path.stem != "08_cli":
+            cell.source = _mend_links(cell.source)
         if cell.cell_type != "code":
             return
         if summary := _fold_as(cell.source, self.results and "parameters" not in cell.metadata.get("tags", ())):
@@ -184,6 +299,10 @@ class SiteProcessor:
                 data["text/markdown"] = table
             if "text/markdown" in data:
                 data["text/markdown"] = _plain_fences("".join(data["text/markdown"]))
+
+    def end(self) -> None:
+        if self.path.parent.name != "nbs":
+            self.nb.cells = _try_it_first(self.nb.cells)
 
 # %% ../../nbs/app/13_pages.ipynb #9b7b0f8d
 def _option_row(parameter: Any) -> list[str]:
@@ -210,28 +329,33 @@ def command_reference() -> str:
     return "\n\n".join(text)
 
 # %% ../../nbs/app/13_pages.ipynb #444f9005
-def _value(rows: pd.DataFrame, page: str, method: str, metric: str, setting: str = "") -> float:
-    "The mean over seeds of a measurement of this project's own protocol."
+_DATA = ("toybox", "random", "crowds of 100")  # what the front page speaks of: what every checkout can measure
+
+# %% ../../nbs/app/13_pages.ipynb #4d81b0d9
+def _newest(rows: pd.DataFrame, page: str, method: str, metric: str, setting: str, form: str) -> str:
+    "The newest run's mean over seeds of a measurement of this project's own protocol; a dash if there is none."
     found = rows[(rows.page == page) & (rows.method == method) & (rows.metric == metric)]
     found = found[found.setting.str.contains(setting, regex=False) & ~found.setting.str.contains("protocol=paper")]
-    return found.value.mean()
+    found = found[found.dataset.isin(_DATA)].dropna(subset="value")
+    if found.empty:
+        return "–"
+    last = found.iloc[-1]  # files grow at their end
+    return form.format(found.value[(found.setting == last.setting) & (found.commit == last.commit)].mean())
 
 # %% ../../nbs/app/13_pages.ipynb #22cf6d77
-_QUALITY = (  # what, page, metric, setting, our method, the method beside it, in words
+_FRONT = (  # what, page, metric, part of the setting, form of the number; our method, the one beside it, in words
     (
-        ("photos of unseen categories by drawing, mAP", "10_sbir", "mAP@all", ""),
+        ("photos of unseen categories by drawing, mAP", "10_sbir", "mAP@all", "", "{:.1%}"),
         ("Vermouth without expert", "U-head on random weights without expert", "the same head on random weights"),
     ),
     (
-        ("16 labelled images a class, accuracy", "11_fewshot", "accuracy", "shots=16 "),
+        ("16 labelled images a class, accuracy", "11_fewshot", "accuracy", "shots=16 ", "{:.1%}"),
         ("Vermouth", "linear probe on the same features", "a linear probe on the same features"),
     ),
     (
-        ("naming pixels, mIoU", "12_segmentation", "mIoU", ""),
+        ("naming pixels, mIoU", "12_segmentation", "mIoU", "", "{:.1%}"),
         ("Vermouth", "expert only", "the same head on the expert alone"),
     ),
-)
-_SPEED = (
     (
         ("the U-Net's features of an image on a CPU", "30_benchmark", "seconds", "", "{:.2f} s"),
         ("compiled parts", "(a) two full passes, all maps kept", "the way of the released code"),
@@ -247,13 +371,10 @@ def front_table(
     folder: str | Path = "nbs/results",  # with the CSV files of the results pages
     pages: str = "",                     # where the pages lie, seen from the reader
 ) -> str:
-    "Return the front page's table as Markdown, from the newest rows of the results pages."
+    "Return the front page's table as Markdown, from the newest run of each results page."
     rows = measured_rows(folder)
     lines = ["| what | Vermouth | beside it | which is |", "|:--|--:|--:|:--|"]
-    for (what, page, metric, setting), (ours, other, words) in _QUALITY:
-        shown = [f"{100 * _value(rows, page, method, metric, setting):.1f} %" for method in (ours, other)]
-        lines.append(f"| [{what}]({pages}{page}.ipynb) | {shown[0]} | {shown[1]} | {words} |")
-    for (what, page, metric, setting, form), (ours, other, words) in _SPEED:
-        shown = [form.format(_value(rows, page, method, metric, setting)) for method in (ours, other)]
-        lines.append(f"| [{what}]({pages}{page}.ipynb) | {shown[0]} | {shown[1]} | {words} |")
+    for (what, page, metric, setting, form), (ours, other, words) in _FRONT:
+        shown = [_newest(rows, page, method, metric, setting, form) for method in (ours, other)]
+        lines.append(f"| [{what}]({pages}{page}.ipynb) | {' | '.join(shown)} | {words} |")
     return "\n".join(lines)

@@ -22,11 +22,11 @@ from urllib.parse import quote
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
 
 from .database import connect, read_rows, read_settings
+from .embedding import same_model
 from .files import decode_photo, inside, read_photo, thumbnail
-from .index import Index, build_index, same_model  # noqa: F401 (one place to import from)
+from .index import Index, build_index  # noqa: F401 (one place to import from)
 from ..core import VermouthError, printable, write_atomic
 from ..images import SUFFIXES, image_tensor, read_image
 
@@ -65,6 +65,22 @@ def query_vector(
         raise VermouthError(f"model: {type(model).__name__} reads no words. Ask with an image.")
     return model.embed_text(as_caption(query)).float().cpu().numpy()
 
+# %% ../../nbs/app/02_search.ipynb #32ebcbe4
+def sum_vectors(
+    vector: np.ndarray,              # (1,D) of the query
+    added: Sequence[np.ndarray],     # of what is added
+    taken: Sequence[np.ndarray],     # of what is taken away
+    weight: float,                   # of each of these
+) -> np.ndarray:                     # (1,D) float32 of length 1
+    "Return the sum of vectors. Raises VermouthError if they cancel out."
+    for sign, others in ((1, added), (-1, taken)):
+        for other in others:
+            vector = vector + sign * weight * other
+    length = np.linalg.norm(vector)
+    if not length > 1e-3:  # nor is NaN
+        raise VermouthError(f"weight={weight}: nothing is left of the query. Add or take away something else.")
+    return vector / length
+
 # %% ../../nbs/app/02_search.ipynb #017a309d
 def composed_vector(
     query: Any,               # as for `query_vector`
@@ -74,14 +90,8 @@ def composed_vector(
     weight: float = 1.0,      # of each of these
 ) -> np.ndarray:              # (1,D) float32 of length 1
     "Return the sum of several queries. Raises VermouthError if they cancel out."
-    vector = query_vector(query, model)
-    for sign, others in ((1, add), (-1, subtract)):
-        for other in [others] if isinstance(others, (str, os.PathLike, Image.Image)) else others:
-            vector = vector + sign * weight * query_vector(other, model)
-    length = np.linalg.norm(vector)
-    if not length > 1e-3:  # nor is NaN
-        raise VermouthError(f"weight={weight}: nothing is left of the query. Add or take away something else.")
-    return vector / length
+    more = [[others] if isinstance(others, (str, os.PathLike, Image.Image)) else others for others in (add, subtract)]
+    return sum_vectors(query_vector(query, model), *[[query_vector(q, model) for q in part] for part in more], weight)
 
 # %% ../../nbs/app/02_search.ipynb #2e6a345f
 @dataclass(frozen=True)
@@ -176,6 +186,12 @@ def _photo_link(hit: Hit, page: str | Path, folder: str | Path | None) -> str:  
     path = os.path.relpath(os.path.join(os.path.abspath(where), hit.path), os.path.dirname(os.path.abspath(page)))
     return quote(os.fsencode(path.replace(os.sep, "/")))
 
+# %% ../../nbs/app/02_search.ipynb #f5f51242
+def _picture(query: Any) -> Image.Image:  # RGB
+    "An image as Pillow has it, however it was given."
+    pixels = ((image_tensor(query) + 1) * 127.5).byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().numpy())
+
 # %% ../../nbs/app/02_search.ipynb #1efb5c01
 def hits_page(
     hits: Sequence[Hit],   # from `Index.search`
@@ -189,7 +205,7 @@ def hits_page(
     if query is not None and is_words(query):
         title = f"{title} for “{query}”"
     elif query is not None:
-        image = query if isinstance(query, Image.Image) else to_pil_image((image_tensor(query) + 1) / 2)
+        image = query if isinstance(query, Image.Image) else _picture(query)
         shown = f'<img alt="" src="{data_uri(thumbnail(image, 96))}">'
     links = [_photo_link(hit, out_html, folder) for hit in hits]
     cards = "\n".join(card(hit, rank, link) for rank, (hit, link) in enumerate(zip(hits, links, strict=True), 1))

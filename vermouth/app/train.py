@@ -6,206 +6,42 @@
 __all__ = ['train_model']
 
 # %% ../../nbs/app/11_train.ipynb #9bd263cc
-import hashlib
-import json
-import os
 import shlex
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
-from tqdm import tqdm
 
 from .answers import fit_note, some_images
-from ..core import VermouthError, choose, write_atomic
+from vermouth.app.heads import (
+    Gathered,
+    StoredRows,
+    Vectors,
+    build_uhead,
+    choose_linear,
+    class_mean_accuracy,
+    feature_model,
+    gather_maps,
+    gather_vectors,
+    held_split,
+    import_fastai,
+    names_problem,
+    score_uhead,
+    train_uhead,
+    uhead_problem,
+)
+from ..core import VermouthError, choose
 from ..data.fewshot import FewShotData, load_fewshot
-from ..data.items import Item, few_shots
-from ..data.sbir import load_sbir
-from ..metrics import accuracy
-from ..zoo.embedders import Embedder, LinearClassifier, PyramidEmbedder, fit_linear
-
-# %% ../../nbs/app/11_train.ipynb #f28ababd
-@dataclass
-class Vectors:
-    "What an embedder gave for some items."
-
-    values: Tensor                                         # (N,D) float32
-    labels: Tensor                                         # (N,)
-    skipped: list[str] = field(default_factory=list)       # why images could not be read
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-# %% ../../nbs/app/11_train.ipynb #ffd058bf
-_PIECE = 64  # images: what a crash can cost
-
-# %% ../../nbs/app/11_train.ipynb #7aab8813
-def _piece_name(embedder: Embedder, items: Sequence[Item]) -> str:
-    "The name of a file of vectors: other images or another model, another name."
-    stats = [os.stat(str(item.source)) for item in items]
-    files = [[str(item.source), stat.st_size, stat.st_mtime_ns] for item, stat in zip(items, stats)]
-    return f"vectors-{hashlib.sha256(json.dumps([embedder.fingerprint, files]).encode()).hexdigest()[:24]}.safetensors"
-
-# %% ../../nbs/app/11_train.ipynb #ae45bcb6
-def _embed_piece(embedder: Embedder, items: Sequence[Item]) -> tuple[dict[str, Tensor], list[str]]:
-    "Vectors and numbers of the items that can be read; why the others cannot."
-    images, kept, skipped = [], [], []
-    for i, item in enumerate(items):
-        try:
-            images.append(item.image)
-            kept.append(i)
-        except VermouthError as error:
-            skipped.append(str(error))
-    vectors = embedder.embed(images).float().cpu() if images else torch.zeros(0, 1)
-    return {"vectors": vectors.contiguous(), "kept": torch.tensor(kept, dtype=torch.int64)}, skipped
-
-# %% ../../nbs/app/11_train.ipynb #86475c2e
-def embed_stored(
-    embedder: Embedder,
-    items: Sequence[Item],  # N images in files
-    folder: Path,           # of the vectors; those in it are not computed again
-    title: str = "",        # of the progress bar; empty shows none
-) -> Vectors:
-    "Return vectors of items. Raises VermouthError if none can be read, or the folder cannot be written."
-    folder.mkdir(parents=True, exist_ok=True)
-    values, labels, skipped = [], [], []
-    with tqdm(total=len(items), desc=title, unit="image", disable=not title) as bar:
-        for start in range(0, len(items), _PIECE):
-            part = items[start : start + _PIECE]
-            path, reasons = folder / _piece_name(embedder, part), []
-            try:
-                piece = load_tensors(path.read_bytes())
-            except (OSError, SafetensorError):
-                piece, reasons = _embed_piece(embedder, part)
-                if not reasons:  # a file that cannot be read is named again in the next run
-                    write_atomic(path, save_tensors(piece))
-            kept = piece["kept"].tolist()
-            values += [piece["vectors"]] if kept else []
-            labels += [part[i].label for i in kept]
-            skipped += reasons
-            bar.update(len(part))
-    if not values:
-        raise VermouthError(f"root: none of {len(items)} images can be read. The first: {skipped[0]}")
-    return Vectors(torch.cat(values), torch.tensor(labels), skipped)
-
-# %% ../../nbs/app/11_train.ipynb #d96ed4a9
-STRENGTHS = (0.1, 1.0, 10.0)  # inverse penalties to choose from
-
-# %% ../../nbs/app/11_train.ipynb #8ff809a0
-def _split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    "Numbers to train on, numbers held back: a fifth of each class, where it has two images or more."
-    from vermouth.train import stratified_split  # loads fastai
-
-    keep, held = stratified_split(labels.tolist(), seed=seed)
-    return torch.from_numpy(keep), torch.from_numpy(held)
-
-# %% ../../nbs/app/11_train.ipynb #8f1dda54
-def choose_linear(train: Vectors, classes: int, seed: int = 0) -> tuple[float, float]:
-    "Return the strength that does best on held-back images, and their accuracy."
-    keep, held = _split(train.labels, seed)
-    if not len(held):
-        return 1.0, float("nan")
-
-    def held_back(strength: float) -> float:
-        state = fit_linear(train.values[keep], train.labels[keep], strength, classes)
-        scores = (train.values[held] - state["mean"]) / state["scale"] @ state["weight"].T + state["bias"]
-        return accuracy(scores, train.labels[held].tolist())
-
-    found = {strength: held_back(strength) for strength in STRENGTHS}
-    best = max(found, key=lambda strength: (found[strength], strength == 1.0))
-    return best, found[best]
-
-# %% ../../nbs/app/11_train.ipynb #15d751ee
-def class_mean_accuracy(train: Vectors, test: Vectors) -> float:
-    "Return the accuracy of the nearest class mean, which trains nothing."
-    from vermouth.baselines import nearest_class_mean
-
-    return accuracy(nearest_class_mean(train.values, train.labels.tolist(), test.values), test.labels.tolist())
-
-# %% ../../nbs/app/11_train.ipynb #d66899f8
-def _build_uhead(embedder: PyramidEmbedder, clip: Any, seed: int) -> Any:
-    "An untrained model on an embedder's parts."
-    from vermouth.model import Vermouth
-
-    parts = {"backbone": embedder.backbone, "clip": clip, "expert": embedder.expert, "captioner": None}
-    return Vermouth.build(prompt="empty", settings=embedder.settings, size=embedder.size, seed=seed, **parts)
-
-# %% ../../nbs/app/11_train.ipynb #c6599a3b
-def _pool_store(store: Any, rows: Sequence[int]) -> Tensor:  # (N,D) unit vectors, as from `PyramidEmbedder.embed`
-    import torch.nn.functional as F
-
-    pieces = []
-    for start in range(0, len(rows), 256):
-        maps = store.batch(rows[start : start + 256])
-        pieces.append(torch.cat([F.normalize(m.float().mean((2, 3)), dim=-1) for m in maps], 1))
-    return F.normalize(torch.cat(pieces), dim=-1)
-
-# %% ../../nbs/app/11_train.ipynb #2cdc2546
-def _train_uhead(
-    model: Any, store: Any, rows: Sequence[int], labels: Tensor, names: Sequence[str], quiet: bool
-) -> None:
-    "Train a U-head on stored maps, in place, as few-shot learning does: clipped gradients, last epoch kept."
-    from vermouth.tasks.fewshot import affordable_epochs
-    from vermouth.text import class_embeddings
-    from vermouth.train import TensorFeatures, train_head
-
-    classes = class_embeddings(names, model.clip).to(model.backbone.device)
-    maps = TensorFeatures([m.float() for m in store.batch(rows)])
-    epochs = affordable_epochs(len(rows), model.backbone.device)
-    train_head(model, maps, labels, classes, epochs=epochs, clip=1.0, held=0, quiet=quiet)
-
-# %% ../../nbs/app/11_train.ipynb #1ab8c4c6
-@torch.inference_mode()
-def _score_uhead(model: Any, store: Any, rows: Sequence[int], names: Sequence[str]) -> Tensor:  # (N,K) logits
-    from vermouth.text import class_embeddings
-    from vermouth.uhead import class_logits
-
-    classes, pieces, device = class_embeddings(names, model.clip), [], model.backbone.device
-    for start in range(0, len(rows), 128):
-        maps = [m.float().to(device) for m in store.batch(rows[start : start + 128])]
-        pieces.append(class_logits(model(maps), classes.to(device)).cpu())
-    return torch.cat(pieces)
-
-# %% ../../nbs/app/11_train.ipynb #4061a863
-def feature_model(
-    model: Any,             # from `open_model`
-    expert: str = "",       # its maps beside a denoiser's; empty for none
-    device: Any = None,
-) -> tuple[Embedder, Any]:  # embedder; CLIP for a U-head, or None
-    "Return the frozen half of a model. Raises VermouthError for an expert without a denoiser."
-    from vermouth.expert import load_expert
-
-    model = getattr(model, "features", model)  # of a linear classifier
-    if not hasattr(model, "backbone"):
-        if expert:
-            raise VermouthError(f"expert={expert!r}: {model.name} is no denoiser to put it beside. Leave --expert out.")
-        return model, None
-    extra = load_expert(expert, device=device) if expert else model.expert
-    return PyramidEmbedder(model.backbone, None, extra, model.settings, model.size), model.clip
-
-# %% ../../nbs/app/11_train.ipynb #24eb2253
-def _uhead_problem(clip: Any, names: Sequence[str], embedder: Embedder) -> str:  # empty if a U-head can be trained
-    "Why no U-head can be trained."
-    from vermouth.app.answers import check_names
-
-    if not isinstance(embedder, PyramidEmbedder):
-        return f"a U-head needs a denoiser and its CLIP, and {embedder.name} has none"
-    if clip is None:
-        return f"a U-head needs the CLIP of {embedder.name}, which is not on this machine"
-    try:
-        check_names(PyramidEmbedder(embedder.backbone, clip), names)
-    except VermouthError as error:
-        return str(error).removeprefix("names: ").rstrip(".")
-    return ""
+from ..data.items import few_shots
+from ..data.sbir import SketchSplit, load_sbir
+from ..data.segmentation import MaskSplit, few_masks, load_segmentation
+from ..metrics import accuracy, chance_average_precision, class_iou, confusion, retrieval_metrics
+from ..zoo.embedders import Embedder, LinearClassifier, PyramidEmbedder, fit_linear, fit_whitening
+from ..zoo.saving import training_card
 
 # %% ../../nbs/app/11_train.ipynb #acc398c5
 @dataclass
@@ -213,184 +49,429 @@ class Trained:
     "A trained model and what was measured."
 
     model: Any                 # a LinearClassifier or a Vermouth
-    table: list[tuple[str, float, float]]  # method, held-back accuracy, test accuracy; NaN where there is none
-    lines: list[str]           # what to say beside the table
-    skipped: list[str]         # why images could not be read
+    metric: str                # what the numbers are
+    table: list[tuple[str, float, float]]  # method, held-back and test number; NaN where there is none
     next: str                  # the command to type now
+    lines: list[str] = field(default_factory=list)    # what to say beside the table
+    skipped: list[str] = field(default_factory=list)  # why images could not be read
 
-# %% ../../nbs/app/11_train.ipynb #76caa4b2
-def _import_fastai() -> None:
-    "Import what trains heads, without the warnings of its own imports."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import_module("vermouth.baselines")
-
-# %% ../../nbs/app/11_train.ipynb #89ac6c71
+# %% ../../nbs/app/11_train.ipynb #19e1a82c
+NONE = float("nan")                # no number
 HEADS = ("both", "linear", "uhead")
 
+# %% ../../nbs/app/11_train.ipynb #c1166d7d
+def _best(held: dict[str, float]) -> str:  # head → number on held-back images
+    "Return the head that did best; of equal ones, and where nothing was held back, the first."
+    return max(held, key=lambda name: held[name] if held[name] == held[name] else -1.0)
+
+# %% ../../nbs/app/11_train.ipynb #d8df50c9
+def _frozen_half(
+    model: Any, names: Sequence[str], head: str, expert: str, size: int | None, device: Any
+) -> tuple[Embedder, Any, str]:  # embedder; CLIP; why no U-head can be trained
+    "Return what features are made by. Raises VermouthError if a U-head is asked for and cannot be trained."
+    embedder, clip = feature_model(model, expert, device, size)
+    problem = "not asked for" if head == "linear" else uhead_problem(clip, names, embedder)
+    if head == "uhead" and problem:
+        raise VermouthError(f"head='uhead': {problem}. Pass --head linear.")
+    return embedder, clip, problem
+
 # %% ../../nbs/app/11_train.ipynb #9a1458af
-class _Heads:
-    "The features of a data set, and the heads that can be trained on them."
+@dataclass
+class _Classes:
+    "The features of a data set of classes, and the parts that heads are built of."
 
-    def __init__(self, data: FewShotData, shots: int, seed: int, embedder: Embedder, clip: Any, out: Path, title: bool):
-        self.data, self.seed, self.embedder, self.clip, self.title = data, seed, embedder, clip, title
-        self.train_items = few_shots(data.train, data.names, shots, seed)
-        self.folder = out / "features"
-        self.store: Any = None
+    data: FewShotData
+    features: Gathered  # of training and test images
+    embedder: Embedder
+    clip: Any
+    seed: int
+    quiet: bool
 
-    def read_vectors(self) -> None:
-        "Compute the vectors of all images."
-        titles = ("training images", "test images") if self.title else ("", "")
-        self.train = embed_stored(self.embedder, self.train_items, self.folder, titles[0])
-        self.test = embed_stored(self.embedder, self.data.test, self.folder, titles[1])
+    @property
+    def train(self) -> Vectors:
+        return self.features.vectors[0]
 
-    def read_maps(self) -> None:
-        "Compute the maps of all images, and from them the vectors."
-        from vermouth.baselines import store_items, store_name
-
-        self.untrained = _build_uhead(self.embedder, self.clip, self.seed)  # type: ignore[arg-type]
-        items = [*self.train_items, *self.data.test]
-        prompts = [""] * len(items)
-        out = self.folder / store_name(self.untrained, items, prompts)
-        self.store = store_items(self.untrained, items, out, prompts, quiet=not self.title)
-        count, rows = len(self.train_items), range(len(self.store))
-        self.rows = [[r for r in rows if (self.store.kept[r] < count) == first] for first in (True, False)]
-        labels = [torch.tensor([items[self.store.kept[r]].label for r in part]) for part in self.rows]
-        reasons = [reason for _, reason in self.store.skipped]
-        self.train = Vectors(_pool_store(self.store, self.rows[0]), labels[0], reasons)
-        self.test = Vectors(_pool_store(self.store, self.rows[1]), labels[1])
+    @property
+    def test(self) -> Vectors:
+        return self.features.vectors[1]
 
 # %% ../../nbs/app/11_train.ipynb #2bbdc1cd
 Candidate = tuple[float, Callable[[], tuple[Any, Tensor]]]  # held-back accuracy; trains on all: model, test scores
 
 # %% ../../nbs/app/11_train.ipynb #123def05
-def _training_card(heads: _Heads, root: Path, scores: Tensor, result: float) -> dict[str, Any]:
+def _training_card(classes: _Classes, root: Path, scores: Tensor, result: float) -> dict[str, Any]:
     "What the card keeps of a training."
-    sure = sorted(round(float(p), 6) for p in scores.softmax(-1).max(1).values)
-    names = [*heads.data.names]
-    metrics: dict[str, Any] = {"accuracy": round(result, 4), "chance": round(1 / len(names), 4)}
-    metrics |= {"training images": len(heads.train), "test images": len(heads.test)}
-    return {"task": "classify", "names": names, "data": root.name, "metrics": metrics, "calibration": sure}
+    metrics = {"accuracy": result, "chance": 1 / len(classes.data.names)}
+    metrics |= {"training images": len(classes.train), "test images": len(classes.test)}
+    return training_card("classify", classes.data.names, root.name, metrics, scores.softmax(-1).max(1).values.tolist())
 
 # %% ../../nbs/app/11_train.ipynb #7f1a7913
-def _linear_candidate(heads: _Heads) -> Candidate:
+def _linear_candidate(classes: _Classes) -> Candidate:
     "A linear classifier."
-    count = len(heads.data.names)
-    strength, held_back = choose_linear(heads.train, count, heads.seed)
+    count = len(classes.data.names)
+    strength, held_back = choose_linear(classes.train, count, classes.seed)
 
     def train() -> tuple[Any, Tensor]:
-        state = fit_linear(heads.train.values, heads.train.labels, strength, count)
-        model = LinearClassifier(heads.embedder, state, {"names": heads.data.names})
-        return model, model.logits(heads.test.values)
+        state = fit_linear(classes.train.values, classes.train.labels, strength, count)
+        model = LinearClassifier(classes.embedder, state, {"task": "classify", "names": classes.data.names})
+        return model, model.logits(classes.test.values)
 
     return held_back, train
 
 # %% ../../nbs/app/11_train.ipynb #d02152f7
-def _uhead_candidate(heads: _Heads) -> Candidate:
+def _uhead_candidate(classes: _Classes) -> Candidate:
     "A U-head."
-    keep, held = _split(heads.train.labels, heads.seed)
-    names, rows = heads.data.names, torch.tensor(heads.rows[0])
+    keep, held = held_split(classes.train.labels, classes.seed)
+    names, store, rows = classes.data.names, classes.features.store, torch.tensor(classes.features.rows[0])
 
     def fit(index: Tensor) -> Any:
-        model = _build_uhead(heads.embedder, heads.clip, heads.seed)
-        chosen = rows[index].tolist()
-        _train_uhead(model, heads.store, chosen, heads.train.labels[index], names, not heads.title)
+        model = build_uhead(classes.embedder, classes.clip, classes.seed)  # type: ignore[arg-type]
+        train_uhead(model, store, rows[index].tolist(), classes.train.labels[index], names, classes.quiet)
         return model
 
     def train() -> tuple[Any, Tensor]:
         model = fit(torch.arange(len(rows)))
-        return model, _score_uhead(model, heads.store, heads.rows[1], names)
+        return model, score_uhead(model, store, classes.features.rows[1], names)
 
     if not len(held):
-        return float("nan"), train
-    scores = _score_uhead(fit(keep), heads.store, rows[held].tolist(), names)
-    return accuracy(scores, heads.train.labels[held].tolist()), train
+        return NONE, train
+    scores = score_uhead(fit(keep), store, rows[held].tolist(), names)
+    return accuracy(scores, classes.train.labels[held].tolist()), train
+
+# %% ../../nbs/app/11_train.ipynb #13c73d30
+def _gather(
+    embedder: Embedder, clip: Any, lists: dict[str, Sequence[Any]], out: Path, seed: int, quiet: bool, maps: bool
+) -> Gathered:
+    "Read lists of images: their maps, for a U-head, or their vectors only."
+    if maps:
+        untrained = build_uhead(embedder, clip, seed)  # type: ignore[arg-type]
+        return gather_maps(untrained, [*lists.values()], out / "features", quiet)
+    return gather_vectors(embedder, lists, out / "features", quiet)
 
 # %% ../../nbs/app/11_train.ipynb #2c063664
 def train_classifier(
-    root: Path,           # folders of classes, or train/ and test/ of them
-    out: Path,            # folder of the model
-    model: Any,           # from `open_model`
-    expert: str = "",     # beside a denoiser
-    shots: int = 0,       # training images of each class; 0 for all
-    head: str = "both",   # one of `HEADS`
-    seed: int = 0,        # of shots, of what is held back, of weights
+    root: Path,               # folders of classes, or train/ and test/ of them
+    out: Path,                # folder of the model
+    model: Any,               # from `open_model`
+    expert: str = "",         # beside a denoiser
+    shots: int = 0,           # training images of each class; 0 for all
+    head: str = "both",       # one of `HEADS`
+    seed: int = 0,            # of shots, of what is held back, of weights
     device: Any = None,
-    quiet: bool = False,  # no progress bars
+    quiet: bool = False,      # no progress bars
+    size: int | None = None,  # of a denoiser's images in pixels
 ) -> Trained:
     "Train, measure and save a classifier. Raises VermouthError for folders or models that do not serve."
     data = load_fewshot("folder", root)
     choose("head", head, HEADS)
-    _import_fastai()
-    embedder, clip = feature_model(model, expert, device)
-    problem = "not asked for" if head == "linear" else _uhead_problem(clip, data.names, embedder)
-    if head == "uhead" and problem:
-        raise VermouthError(f"head='uhead': {problem}. Pass --head linear.")
+    import_fastai()
+    embedder, clip, problem = _frozen_half(model, data.names, head, expert, size, device)
     note = fit_note(model, some_images([str(item.source) for item in data.train]))
-    heads = _Heads(data, shots, seed, embedder, clip, out, not quiet)
-    heads.read_vectors() if problem else heads.read_maps()
-    candidates = {"linear probe": _linear_candidate(heads)} if head != "uhead" else {}
+    lists = {"training images": few_shots(data.train, data.names, shots, seed), "test images": data.test}
+    features = _gather(embedder, clip, lists, out, seed, quiet, not problem)
+    classes = _Classes(data, features, embedder, clip, seed, quiet)
+    candidates = {"linear probe": _linear_candidate(classes)} if head != "uhead" else {}
     if not problem:
-        candidates["U-head"] = _uhead_candidate(heads)
-    best = max(candidates, key=lambda name: candidates[name][0])
+        candidates["U-head"] = _uhead_candidate(classes)
+    best = _best({name: held for name, (held, _) in candidates.items()})
     trained, scores = candidates[best][1]()
-    result = accuracy(scores, heads.test.labels.tolist())
-    trained.training_card = _training_card(heads, root, scores, result)
+    result = accuracy(scores, classes.test.labels.tolist())
+    trained.training_card = _training_card(classes, root, scores, result)
     trained.save(out)
-    none = float("nan")
-    table = [(name, found[0], result if name == best else none) for name, found in candidates.items()]
-    table.append(("nearest class mean", none, class_mean_accuracy(heads.train, heads.test)))
-    table.append(("chance", none, 1 / len(data.names)))
+    table = [(name, held, result if name == best else NONE) for name, (held, _) in candidates.items()]
+    table.append(("nearest class mean", NONE, class_mean_accuracy(classes.train, classes.test)))
+    table.append(("chance", NONE, 1 / len(data.names)))
     lines = [note] * bool(note) + ([f"no U-head: {problem}"] if problem and head == "both" else [])
     command = f"vermouth classify NEW.jpg --model {shlex.quote(str(out))}"
-    return Trained(trained, table, lines, heads.train.skipped + heads.test.skipped, command)
+    return Trained(trained, "accuracy", table, command, lines, features.skipped)
 
-# %% ../../nbs/app/11_train.ipynb #f1b4c93e
-def _unseen_map(embed: Callable, split: Any, title: str) -> float:  # mAP over the whole gallery
-    from vermouth.baselines import embed_items
-    from vermouth.tasks.sbir import evaluate_sbir
+# %% ../../nbs/app/11_train.ipynb #28f120b1
+def _map_of(queries: Vectors, gallery: Vectors) -> float:  # mAP over the whole gallery, in [0,1]
+    "Return how well queries rank a gallery, by cosine."
+    parts = queries.values, gallery.values, queries.labels, gallery.labels
+    return retrieval_metrics(*parts, ks=())["mAP@all"]
 
-    parts = [embed_items(embed, items, [""] * len(items), title) for items in (split.test_sketches, split.test_photos)]
-    return evaluate_sbir(parts[0], parts[1], split, ())["mAP@all"]
+# %% ../../nbs/app/11_train.ipynb #96efbbd8
+def _of_classes(vectors: Vectors, classes: Sequence[int]) -> Tensor:  # numbers of the images
+    return torch.isin(vectors.labels, torch.tensor([*classes])).nonzero().flatten()
+
+
+def _held_classes(count: int, seed: int) -> tuple[list[int], list[int]]:
+    "Numbers of the classes to train on, and of a fifth that are held back; none of fewer than five."
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    return sorted(order[count // 5 :]), sorted(order[: count // 5])
+
+# %% ../../nbs/app/11_train.ipynb #9b7f4d0e
+@dataclass
+class _Pairs:
+    "The features of sketches and photos, and the parts that heads are built of."
+
+    split: SketchSplit
+    features: Gathered  # of train sketches, train photos, test sketches, test photos
+    embedder: Embedder
+    clip: Any
+    seed: int
+    quiet: bool
+
+    def measured(self, embed: Callable[[int, Tensor], Tensor], classes: Sequence[int]) -> float:
+        "The mAP on seen classes of what makes vectors of a list's numbers; NaN for no classes."
+        if not classes:
+            return NONE
+        parts = []
+        for part in (0, 1):
+            numbers = _of_classes(vectors := self.features.vectors[part], classes)
+            parts.append(Vectors(embed(part, numbers), vectors.labels[numbers]))
+        return _map_of(*parts)
+
+    def tested(self, embed: Callable[[int, Tensor], Tensor]) -> float:
+        "The mAP on the unseen classes."
+        test = self.features.vectors[2:]
+        return _map_of(*[Vectors(embed(i, torch.arange(len(v))), v.labels) for i, v in enumerate(test, 2)])
+
+# %% ../../nbs/app/11_train.ipynb #249031ad
+def _projection(pairs: _Pairs, classes: Sequence[int], shrinkage: float) -> LinearClassifier:
+    "A projection that was fitted to some of the seen classes."
+    parts = [(v := pairs.features.vectors[part], _of_classes(v, classes)) for part in (0, 1)]
+    values = torch.cat([v.values[numbers] for v, numbers in parts])
+    labels = torch.searchsorted(torch.tensor([*classes]), torch.cat([v.labels[numbers] for v, numbers in parts]))
+    state = fit_whitening(values, labels, shrinkage)
+    return LinearClassifier(pairs.embedder, state, {"task": "sbir", "names": [pairs.split.seen[c] for c in classes]})
+
+# %% ../../nbs/app/11_train.ipynb #46ab95fe
+Embedding = Callable[[int, Tensor], Tensor]  # which list, numbers in it → (B,D)
+Retriever = tuple[float, Callable[[], tuple[Any, Embedding]]]  # held-back mAP; trains on all: model, its vectors
+
+
+def _linear_retriever(pairs: _Pairs, shrinkages: Sequence[float] = (0.3, 0.6, 0.9)) -> Retriever:
+    "A linear head."
+    keep, held = _held_classes(len(pairs.split.seen), pairs.seed)
+
+    def embedding(model: LinearClassifier) -> Embedding:
+        return lambda part, numbers: model.logits(pairs.features.vectors[part].values[numbers])
+
+    found = {s: pairs.measured(embedding(_projection(pairs, keep, s)), held) if held else NONE for s in shrinkages}
+    best = max(found, key=lambda shrinkage: found[shrinkage]) if held else shrinkages[1]
+
+    def train() -> tuple[Any, Embedding]:
+        model = _projection(pairs, range(len(pairs.split.seen)), best)
+        return model, embedding(model)
+
+    return found[best], train
+
+# %% ../../nbs/app/11_train.ipynb #25bc7bc3
+def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> Any:
+    "A model whose U-head was trained on some of the seen classes."
+    from vermouth.tasks.sbir import sbir_recipe
+    from vermouth.text import class_embeddings
+    from vermouth.train import train_head
+
+    model = build_uhead(pairs.embedder, pairs.clip, pairs.seed)  # type: ignore[arg-type]
+    chosen = [_of_classes(pairs.features.vectors[part], classes) for part in (0, 1)]
+    rows = [pairs.features.rows[part][i] for part in (0, 1) for i in chosen[part].tolist()]
+    labels = torch.cat([pairs.features.vectors[part].labels[chosen[part]] for part in (0, 1)])
+    names = class_embeddings([pairs.split.seen[c] for c in classes], pairs.clip).to(model.backbone.device)
+    groups = np.repeat([0, 1], [len(part) for part in chosen])
+    epochs, targets = max(1, 2000 // len(rows)), torch.searchsorted(torch.tensor([*classes]), labels)
+    options = sbir_recipe("ours", "folder") | {"seed": pairs.seed, "quiet": pairs.quiet}
+    train_head(model, StoredRows(pairs.features.store, rows), targets, names, groups, epochs, **options)
+    return model
+
+# %% ../../nbs/app/11_train.ipynb #9efdbbfa
+def _uhead_retriever(pairs: _Pairs) -> Retriever:
+    "A U-head."
+    keep, held = _held_classes(len(pairs.split.seen), pairs.seed)
+
+    def embedding(model: Any) -> Embedding:
+        @torch.inference_mode()
+        def embed(part: int, numbers: Tensor) -> Tensor:
+            rows = [pairs.features.rows[part][i] for i in numbers.tolist()]
+            stored, device = StoredRows(pairs.features.store, rows), model.backbone.device
+            batches = [range(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
+            return torch.cat([model([m.to(device) for m in stored.batch(batch)]).cpu() for batch in batches])
+
+        return embed
+
+    def train() -> tuple[Any, Embedding]:
+        model = _fit_retriever(pairs, range(len(pairs.split.seen)))
+        return model, embedding(model)
+
+    return pairs.measured(embedding(_fit_retriever(pairs, keep)), held) if held else NONE, train
+
+# %% ../../nbs/app/11_train.ipynb #2d18c913
+def _frozen_vectors(pairs: _Pairs) -> Embedding:
+    "The vectors of the frozen half, without any training."
+    return lambda part, numbers: pairs.features.vectors[part].values[numbers]
+
+
+def _retrieval_card(pairs: _Pairs, root: Path, result: float, chance: float) -> dict[str, Any]:
+    "What the card keeps of a training."
+    metrics = {"mAP@all": result, "chance": chance, "unseen": [*pairs.split.unseen]}
+    return training_card("sbir", pairs.split.seen, root.name, metrics)
 
 # %% ../../nbs/app/11_train.ipynb #b17e2248
 def train_retrieval(
-    root: Path,           # photo/ and sketch/, each with folders of classes
-    out: Path,            # folder of the model
-    model: Any,           # from `open_model`; one with a denoiser and its CLIP
-    expert: str = "",     # beside the denoiser
-    shots: int = 0,       # sketches and photos of each seen class; 0 for all
-    head: str = "both",   # "uhead" or "both", which is the same here
-    seed: int = 0,        # of shots, of the unseen classes, of weights
+    root: Path,               # photo/ and sketch/, each with folders of classes
+    out: Path,                # folder of the model
+    model: Any,               # from `open_model`
+    expert: str = "",         # beside a denoiser
+    shots: int = 0,           # sketches and photos of each seen class; 0 for all
+    head: str = "both",       # one of `HEADS`
+    seed: int = 0,            # of shots, of the unseen and the held-back classes, of weights
     device: Any = None,
-    quiet: bool = False,  # no progress bars
+    quiet: bool = False,      # no progress bars
+    size: int | None = None,  # of a denoiser's images in pixels
 ) -> Trained:
     "Train, measure and save a model for retrieval. Raises VermouthError for folders or models that do not serve."
     split = load_sbir("folder", root, shots, seed)
-    choose("head", head, ("both", "uhead"))
-    embedder, clip = feature_model(model, expert, device)
-    if problem := _uhead_problem(clip, split.seen, embedder):
-        raise VermouthError(f"model={model.name!r}: {problem}. Pass --model with a Stable Diffusion, or other names.")
-    _import_fastai()
-    from vermouth.tasks.sbir import train_sbir
-
+    choose("head", head, HEADS)
+    import_fastai()
+    embedder, clip, problem = _frozen_half(model, split.seen, head, expert, size, device)
     note = fit_note(model, some_images([str(item.source) for item in split.train_photos]))
-    trained, title = _build_uhead(embedder, clip, seed), "" if quiet else "measuring"
-    before = _unseen_map(lambda images, _: embedder.embed(images), split, title)
-    items = [*split.train_sketches, *split.train_photos]
-    train_sbir(trained, split, [""] * len(items), epochs=max(1, 2000 // len(items)), seed=seed, quiet=quiet)
-    result = _unseen_map(lambda images, prompts: trained.embed(images, prompts), split, title)
-    counts = np.unique([item.label for item in split.test_photos], return_counts=True)[1]
-    chance = float((counts / counts.sum()).mean())
-    metrics = {"mAP@all": round(result, 4), "chance": round(chance, 4), "unseen": [*split.unseen]}
-    card = {"task": "sbir", "names": [*split.seen], "data": root.name, "metrics": metrics, "calibration": []}
-    trained.training_card = card
+    lists: dict[str, Sequence[Any]] = {"sketches": split.train_sketches, "photos": split.train_photos}
+    lists |= {"test sketches": split.test_sketches, "test photos": split.test_photos}
+    pairs = _Pairs(split, _gather(embedder, clip, lists, out, seed, quiet, not problem), embedder, clip, seed, quiet)
+    candidates = {"linear head": _linear_retriever(pairs)} if head != "uhead" else {}
+    if not problem:
+        candidates["U-head"] = _uhead_retriever(pairs)
+    best = _best({name: held for name, (held, _) in candidates.items()})
+    trained, embed = candidates[best][1]()
+    result, chance = pairs.tested(embed), chance_average_precision(*[v.labels for v in pairs.features.vectors[2:]])
+    trained.training_card = _retrieval_card(pairs, root, result, chance)
     trained.save(out)
-    none = float("nan")
-    table = [("U-head", none, result), ("training-free", none, before), ("chance", none, chance)]
-    photos = shlex.quote(str(root / "photo"))
-    command = f"vermouth index {photos} --out INDEX --model {shlex.quote(str(out))}"
-    return Trained(trained, table, [note] * bool(note), [], command)
+    table = [(name, held, result if name == best else NONE) for name, (held, _) in candidates.items()]
+    held_back = pairs.measured(_frozen_vectors(pairs), _held_classes(len(split.seen), seed)[1])
+    table += [("training-free", held_back, pairs.tested(_frozen_vectors(pairs))), ("chance", NONE, chance)]
+    lines = [note] * bool(note) + ([f"no U-head: {problem}"] if problem and head == "both" else [])
+    command = f"vermouth index {shlex.quote(str(root / 'photo'))} --out INDEX --model {shlex.quote(str(out))}"
+    return Trained(trained, "mAP@all", table, command, lines, pairs.features.skipped)
+
+# %% ../../nbs/app/11_train.ipynb #3217f901
+def _load_masks(root: Path, shots: int, seed: int) -> MaskSplit:  # all classes seen
+    "Return images to train on and to test on; of a folder without train/ a quarter, seeded, is held out."
+    split = load_segmentation("folder", root, unseen=())
+    if not split.train:
+        if len(split.test) < 2:
+            raise VermouthError(f"root={str(root)!r}: {len(split.test)} image. Give more, some of which are held out.")
+        order = np.random.default_rng(seed).permutation(len(split.test)).tolist()
+        held = max(1, len(order) // 4)
+        train, test = ([split.test[i] for i in sorted(part)] for part in (order[held:], order[:held]))
+        split = replace(split, train=train, test=test)
+    return replace(split, train=few_masks(split.train, split.seen, shots, seed))
+
+# %% ../../nbs/app/11_train.ipynb #3cef0ce1
+def _chance_iou(pixels: Tensor) -> float:  # (K,) of each class → mean IoU in [0,1]
+    "Return the expected mean IoU of a class drawn for each pixel: the chance of a hit, over that of either."
+    shares = (pixels / pixels.sum())[pixels > 0]
+    drawn = 1 / len(pixels)
+    return float((shares * drawn / (shares + drawn - shares * drawn)).sum() / len(pixels))
+
+# %% ../../nbs/app/11_train.ipynb #e8c452e8
+@torch.inference_mode()
+def _stored_counts(
+    model: Any, features: Gathered, split: MaskSplit, classes: Tensor
+) -> Tensor:  # (K,K) truth × prediction, of pixels
+    "Count the pixels of the test images by true and predicted class, from stored maps."
+    from vermouth.seghead import label_map
+
+    names, store, device = [*split.names], features.store, model.backbone.device
+    counts = torch.zeros(len(names), len(names), dtype=torch.long)
+    for row in features.rows[1]:
+        [vectors] = model.segmentation_head(model.joined([m.float().to(device) for m in store.batch([row])]))
+        mask = split.test[store.kept[row] - len(split.train)].mask.astype(np.int64)
+        places = [(0, 0)], mask.shape, mask.shape, mask.shape
+        labels = label_map(vectors[None], *places, classes.to(device)).cpu().numpy()
+        counts += confusion(labels, mask, len(names), split.ignore_index)
+    return counts
+
+# %% ../../nbs/app/11_train.ipynb #9b8158ca
+STEPS = 600  # of a segmentation head's training, at least
+
+# %% ../../nbs/app/11_train.ipynb #e9a0af6d
+def _fit_masks(
+    model: Any, features: Gathered, split: MaskSplit, classes: Tensor, seed: int, quiet: bool
+) -> None:
+    "Train a model's segmentation head on stored maps, in place."
+    from vermouth.tasks.segmentation import AdaptedHead, train_on_masks, training_masks
+
+    rows = features.rows[0]
+    kept = [split.train[features.store.kept[row]] for row in rows]
+    masks = training_masks(kept, split.seen, split.ignore_index, model.size)
+    epochs = max(6, min(100, -(-STEPS * 8 // len(rows))))
+    maps = StoredRows(features.store, rows)
+    options = {"epochs": epochs, "seed": seed, "quiet": quiet}
+    train_on_masks(AdaptedHead(model), maps, masks, split, model, classes, **options)
+
+# %% ../../nbs/app/11_train.ipynb #c094b420
+def _mask_vectors(model: Any, names: Sequence[str], words: bool) -> Tensor:  # (K,D)
+    "The vectors that positions are compared with: of the names' words, or one axis a class."
+    from vermouth.model import class_codes
+    from vermouth.text import label_embeddings, segmentation_text
+
+    if not words:
+        return class_codes(len(names), model.clip.dim)
+    return label_embeddings(names, model.clip, **segmentation_text(model.segmentation_head.protocol))
+
+# %% ../../nbs/app/11_train.ipynb #8977e0b7
+def _mask_baselines(model: Any, split: MaskSplit, counts: Tensor, quiet: bool) -> list[tuple[str, float, float]]:
+    "Rows of what needs no training, on the same test images."
+    from vermouth.tasks.segmentation import attention_labeller, confusion_counts, majority_labeller
+
+    rows: list[tuple[str, float, float]] = []
+    methods = {"training-free masks": attention_labeller(model), "most frequent class": majority_labeller(split)}
+    for name, label in methods.items():
+        found = confusion_counts(label, split, [""] * len(split.test), "" if quiet else name)[0]
+        rows.append((name, NONE, class_iou(found).nanmean().item()))
+    return [*rows, ("chance", NONE, _chance_iou(counts.sum(1).double()))]
+
+# %% ../../nbs/app/11_train.ipynb #53fb6a66
+def _masks_model(
+    model: Any, split: MaskSplit, expert: str, size: int | None, seed: int, device: Any
+) -> tuple[Any, str]:  # an untrained model with a segmentation head; why its names are not compared by words
+    "Build a model for masks. Raises VermouthError for one without a denoiser or its CLIP."
+    embedder, clip = feature_model(model, expert, device, size)
+    if not isinstance(embedder, PyramidEmbedder) or clip is None:
+        raise VermouthError(
+            f"model={model.name!r}: masks need a denoiser and its CLIP. Pass --model with a Stable Diffusion, or "
+            "--model toybox --expert efficientnet_lite0 --size 224."
+        )
+    untrained = build_uhead(embedder, clip, seed)
+    untrained.add_segmentation_head(seed=seed)
+    return untrained, names_problem(embedder, clip, split.names)
+
+# %% ../../nbs/app/11_train.ipynb #d766d434
+def train_masks(
+    root: Path,               # classnames.txt, images/ and masks/, or train/ and test/ of these two
+    out: Path,                # folder of the model
+    model: Any,               # from `open_model`; one with a denoiser and its CLIP
+    expert: str = "",         # beside the denoiser
+    shots: int = 0,           # training images that show each class; 0 for all
+    head: str = "both",       # "uhead" or "both", which is the same here
+    seed: int = 0,            # of shots and weights
+    device: Any = None,
+    quiet: bool = False,      # no progress bars
+    size: int | None = None,  # of the images in pixels
+) -> Trained:
+    "Train, measure and save a model for masks. Raises VermouthError for folders or models that do not serve."
+    choose("head", head, ("both", "uhead"))
+    split = _load_masks(root, shots, seed)
+    import_fastai()
+    trained, problem = _masks_model(model, split, expert, size, seed, device)
+    note = fit_note(model, some_images([str(item.source) for item in split.train]))
+    features = gather_maps(trained, [split.train, split.test], out / "features", quiet)
+    classes = _mask_vectors(trained, split.names, not problem)
+    _fit_masks(trained, features, split, classes, seed, quiet)
+    counts = _stored_counts(trained, features, split, classes)
+    result, pixels = class_iou(counts).nanmean().item(), (counts.diag().sum() / counts.sum()).item()
+    metrics = {"mIoU": result, "pixel accuracy": pixels}
+    metrics |= {"training images": len(features.rows[0]), "test images": len(features.rows[1])}
+    card = training_card("segment", split.names, root.name, metrics)
+    trained.training_card = card | ({"words": False} if problem else {})
+    trained.save(out)  # before the baselines, which take a while: nothing of the training is lost
+    baselines = _mask_baselines(trained, split, counts, quiet)
+    command = f"vermouth segment NEW.jpg --model {shlex.quote(str(out))} --out MASK.png"
+    table = [("segmentation head", NONE, result), *baselines]
+    lines = [note] * bool(note) + ([f"the model knows these classes only: {problem}"] if problem else [])
+    return Trained(trained, "mIoU", table, command, lines, features.skipped)
 
 # %% ../../nbs/app/11_train.ipynb #ec0a867f
 def train_model(
@@ -404,4 +485,8 @@ def train_model(
     return TASKS[choose("task", task, TASKS)](root, out, model, **options)
 
 # %% ../../nbs/app/11_train.ipynb #fad362d5
-TASKS: dict[str, Callable[..., Trained]] = {"classify": train_classifier, "sbir": train_retrieval}
+TASKS: dict[str, Callable[..., Trained]] = {
+    "classify": train_classifier,
+    "sbir": train_retrieval,
+    "segment": train_masks,
+}

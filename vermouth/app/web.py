@@ -19,14 +19,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from .answers import check_names
 from .drawing import centred, from_canvas, static_text
+from .embedding import same_model
 from .files import thumbnail
-from .index import Index, same_model
+from .index import Index
 from .middleware import UPLOAD, Gate, own_names
-from .search import Hit, as_caption, card, data_uri, escaped
+from .search import Hit, as_caption, card, data_uri, escaped, query_vector, sum_vectors
 from ..core import VermouthError
 from ..images import figure_image, read_image
 from ..model import Vermouth
@@ -94,26 +96,46 @@ def _fitting(index: Index) -> Index:  # the same
     _warn(index.misfit)
     return index
 
-# %% ../../nbs/app/06_web.ipynb #03391535
-def by_drawing(index: Index, model: Vermouth, sent: Any, k: int = 12) -> str:
-    "Return photos for a drawing, as HTML."
-    return _cards(_fitting(index).search(drawn(sent), model, k))
-
-# %% ../../nbs/app/06_web.ipynb #7a634222
-def by_photo(index: Index, model: Vermouth, source: str | Path | bytes | None, k: int = 12) -> str:
-    "Return photos for a photo, as HTML."
-    return _cards(_fitting(index).search(received(source), model, k))
-
-# %% ../../nbs/app/06_web.ipynb #b571c5c4
-def by_words(index: Index, model: Vermouth, words: str | None, k: int = 12) -> str:
-    "Return photos for words, as HTML. Raises VermouthError if there are none or too many."
+# %% ../../nbs/app/06_web.ipynb #cbd9842f
+def word_vectors(model: Any, words: str | None) -> list[np.ndarray]:  # (1,D), or nothing for no words
+    "Return the vector of typed words. Raises VermouthError for too many, or a model that reads none."
     words = (words or "").strip()
-    if not words:
-        raise VermouthError("words: none. Type some, as in: a red car.")
     if len(words) > WORDS:
         raise VermouthError(f"words: {len(words):,} characters, more than {WORDS}. Type fewer.")
-    vector = model.embed_text(as_caption(words)).float().cpu().numpy()  # never a path on this machine
-    return _cards(_fitting(index).nearest(vector, k))
+    # never a path on this machine
+    return [model.embed_text(as_caption(words)).float().cpu().numpy()] if words else []
+
+# %% ../../nbs/app/06_web.ipynb #62084d3d
+def _found(
+    index: Index, model: Any, vector: np.ndarray, k: int, add: str | None, subtract: str | None, weight: float
+) -> str:
+    "Photos for a vector, to which words are added and from which words are taken, as HTML."
+    parts = word_vectors(model, add), word_vectors(model, subtract)
+    return _cards(_fitting(index).nearest(sum_vectors(vector, *parts, weight), k))
+
+# %% ../../nbs/app/06_web.ipynb #03391535
+def by_drawing(
+    index: Index, model: Vermouth, sent: Any, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
+) -> str:
+    "Return photos for a drawing, as HTML."
+    return _found(index, model, query_vector(drawn(sent), model), k, add, subtract, weight)
+
+# %% ../../nbs/app/06_web.ipynb #7a634222
+def by_photo(
+    index: Index, model: Vermouth, source: Any, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
+) -> str:
+    "Return photos for a photo, as HTML."
+    return _found(index, model, query_vector(received(source), model), k, add, subtract, weight)
+
+# %% ../../nbs/app/06_web.ipynb #b571c5c4
+def by_words(
+    index: Index, model: Vermouth, words: Any, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
+) -> str:
+    "Return photos for words, as HTML. Raises VermouthError if there are none or too many."
+    vectors = word_vectors(model, words)
+    if not vectors:
+        raise VermouthError("words: none. Type some, as in: a red car.")
+    return _found(index, model, vectors[0], k, add, subtract, weight)
 
 # %% ../../nbs/app/06_web.ipynb #4b3604dd
 def by_names(model: Vermouth, source: Any, names: str) -> dict[str, float]:  # name → probability
@@ -220,27 +242,41 @@ EVENT = {
     "api_visibility": "private",
 }
 
+# %% ../../nbs/app/06_web.ipynb #793fee7d
+def ask_and_note(asks: Sequence[Callable], number: int, *values: Any) -> tuple[str, int]:
+    "Answer one of the fields, and note which it was."
+    return asks[number](*values), number
+
+
+def ask_again(asks: Sequence[Callable], number: int, *values: Any) -> str:
+    "Answer the field that was asked with last, from the values of all fields and what else counts."
+    return asks[number](values[number], *values[len(asks) :])
+
 # %% ../../nbs/app/06_web.ipynb #481d152a
 def search_tab(index: Index, model: Vermouth) -> None:
-    "Add the fields for drawings, words and photos, and the photos that are found."
+    "Add the fields for drawings, photos and, where the model knows them, words, and the photos that are found."
     import gradio as gr
 
     canvas, script = static_text("canvas.html"), static_text("canvas.js")
     with gr.Row(elem_id="search"):
         with gr.Column(scale=2, elem_id="ask"):
             pad = gr.HTML(html_template=canvas, js_on_load=script, elem_id="draw")
-            label = "or type words, then Enter"
-            words = gr.Textbox(label=label, placeholder="a red car", max_length=WORDS, elem_id="words")
+            label, shown = "or type words, then Enter", {"max_length": WORDS, "visible": model.has_words}
+            words = gr.Textbox(label=label, placeholder="a red car", elem_id="words", **shown)
             drop = photo_field(label="or drop an image", height=160, elem_id="drop")
+            with gr.Accordion("add or take away words", open=False, elem_id="more", visible=model.has_words):
+                add = gr.Textbox(label="add, then Enter", placeholder="in the snow", max_length=WORDS, elem_id="add")
+                taken = gr.Textbox(label="take away, then Enter", max_length=WORDS, elem_id="subtract")
+                weight = gr.Slider(0, 2, 1, step=0.1, label="weight of these words", elem_id="weight")
             k = gr.Slider(1, 60, 12, step=1, label="photos")
         with gr.Column(scale=3, elem_id="found"):
             out = gr.HTML(f'<p role="status">{escaped(index.how)}. Draw, and they come.</p>', elem_id="hits")
-    for event, field, f in (
-        (pad.input, pad, by_drawing),
-        (drop.upload, drop, by_photo),
-        (words.submit, words, by_words),
-    ):
-        event(status(partial(f, index, model)), [field, k], out, **EVENT)
+    last, more = gr.State(0), [k, add, taken, weight]  # which field was asked with
+    fields, asks = (pad, drop, words), [status(partial(f, index, model)) for f in (by_drawing, by_photo, by_words)]
+    for i, event in enumerate((pad.input, drop.upload, words.submit)):
+        event(partial(ask_and_note, asks, i), [fields[i], *more], [out, last], **EVENT)
+    for event in (add.submit, taken.submit, weight.release):
+        event(partial(ask_again, asks), [last, *fields, *more], out, **EVENT)
 
 # %% ../../nbs/app/06_web.ipynb #407369c4
 def image_tabs(model: Vermouth) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['Embedder', 'ExpertEmbedder', 'ClipEmbedder', 'PyramidEmbedder', 'LinearClassifier']
 
 # %% ../../nbs/zoo/01_embedders.ipynb #e0e16c25
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import constants
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
-from ..core import VermouthError, choose, fingerprint, in_batches, lock_of, resize_maps
-from ..images import Images, image_batch, image_list, image_tensor, is_single
+from ..core import VermouthError, choose, fingerprint, frozen, in_batches, lock_of, resize_maps, without_compiler
+from ..images import Images, ValueRange, image_batch, image_list, image_tensor, is_single
 from vermouth.zoo.saving import (
     CARD,
     HubModel,
+    backbone_names,
     check_state,
     folder_error,
     names_in_card,
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/zoo/01_embedders.ipynb #2c2739c5
 TRAIN = "Train a model on your classes: vermouth train ROOT --task"
 
+# %% ../../nbs/zoo/01_embedders.ipynb #883e8b9a
+AnyRange = ValueRange | None  # of tensors, as for `images.image_batch`; None refuses a likely (0, 1)
+
 # %% ../../nbs/zoo/01_embedders.ipynb #603c398e
 class Embedder:
     "A frozen model as one vector per image. This base has no words, no classes and no masks, and says so."
@@ -52,13 +57,12 @@ class Embedder:
     fingerprint: str              # of all that decides a vector
     size: int | None              # side in pixels that images are resized to; None: the model does it
     source: str = ""              # what `vermouth.model.open_model` made it from
+    overlay: Mapping[str, Any] = {}  # what it put over the denoiser's weights
     has_words = False             # texts are vectors of the same space
     labels: tuple[str, ...] = ()  # classes that it was trained on
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name})"
-
-    def embed(self, images: Images, batch_size: int = 32) -> Tensor:  # (B,D) float32 of length 1
+    # (B,D) float32 of length 1
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
         "Return one unit vector per image."
         raise NotImplementedError
 
@@ -68,21 +72,33 @@ class Embedder:
         raise VermouthError(f"model={self.name!r}: {what}. Ask with an image, or use --model clip:… from the start.")
 
     # (B,K) probabilities of K names; None takes `labels`
-    def classify(self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32) -> Tensor:
+    def classify(
+        self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
+    ) -> Tensor:
         "Return which of the names fits. Raises VermouthError for a model without words."
         raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} classify --out MODEL.")
 
-    def segment(self, images: Images, names: Sequence[str], short: int | None = None) -> Any:  # (H,W), a list for many
+    # (H,W), a list for many; `short` is for trained heads only
+    def segment(
+        self, images: Images, names: Sequence[str], short: int | None = None, value_range: AnyRange = None
+    ) -> Any:
         "Return the class of each pixel. Raises VermouthError for a model without words."
         raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} segment --out MODEL.")
-
-    def misfit(self, images: Images) -> str:  # a sentence, or nothing where it is not known
-        "Return why a sample of images is not what the model was made for."
-        return ""
 
     def describe(self) -> dict[str, Any]:  # JSON's types, for `embedder_from`
         "Return what a card needs to build this model again."
         raise NotImplementedError
+
+# %% ../../nbs/zoo/01_embedders.ipynb #5b6b2d83
+@patch
+def misfit(self: Embedder, images: Images, value_range: AnyRange = None) -> str:
+    "Return why a sample of images is not what the model was made for; nothing where it is not known."
+    return ""
+
+# %% ../../nbs/zoo/01_embedders.ipynb #52d558be
+@patch
+def __repr__(self: Embedder) -> str:
+    return f"{type(self).__name__}({self.name})"
 
 # %% ../../nbs/zoo/01_embedders.ipynb #bf30d180
 class ExpertEmbedder(Embedder):
@@ -99,8 +115,8 @@ class ExpertEmbedder(Embedder):
         self.fingerprint = fingerprint(f"expert {expert.fingerprint} {self.size}")
 
     @torch.inference_mode()
-    def embed(self, images: Images, batch_size: int = 32) -> Tensor:
-        pixels = image_batch(images, self.size)
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
+        pixels = image_batch(images, self.size, value_range)
 
         def run(part: slice) -> list[Tensor]:
             return [self.expert(pixels[part], (-1, 1))[0].float().mean((2, 3))]
@@ -124,10 +140,10 @@ class ClipEmbedder(Embedder):
         self.clip, self.name, self.size = clip, f"clip:{clip.name}", None
         self.fingerprint = fingerprint(clip.model)
 
-    def embed(self, images: Images, batch_size: int = 32) -> Tensor:
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
         from vermouth.text import image_embeddings
 
-        return image_embeddings(images, self.clip, batch_size)
+        return image_embeddings(images, self.clip, batch_size, value_range)
 
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         from vermouth.text import text_embeddings
@@ -135,17 +151,17 @@ class ClipEmbedder(Embedder):
         return text_embeddings(texts, self.clip)
 
     @torch.inference_mode()
-    def classify(self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32) -> Tensor:
-        logits = self.embed(images, batch_size) @ class_vectors(names, self.clip).T
-        return (logits * self.clip.model.logit_scale.exp()).softmax(-1)
+    def classify(
+        self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
+    ) -> Tensor:
+        vectors, classes = self.embed(images, batch_size, value_range), class_vectors(names, self.clip)
+        with frozen(self.clip.device):
+            return (vectors @ classes.T * self.clip.model.logit_scale.exp()).softmax(-1)
 
-    @torch.inference_mode()
-    def segment(self, images: Images, names: Sequence[str], short: int | None = None) -> Any:
-        classes = class_vectors(names, self.clip)
-        masks = []
-        for image in map(image_tensor, image_list(images)):
-            scores = torch.einsum("kd,dhw->khw", classes, patch_vectors(image, self.clip))
-            masks.append(_labels(scores, image.shape[-2:]))
+    def segment(
+        self, images: Images, names: Sequence[str], short: int | None = None, value_range: AnyRange = None
+    ) -> Any:
+        masks = _clip_masks(_tensors(images, value_range), names, self.clip)
         return masks[0] if is_single(images) else masks
 
     def describe(self) -> dict[str, Any]:
@@ -158,6 +174,10 @@ def _labels(
 ) -> np.ndarray:          # (H,W) uint8 up to 256 classes, else int32
     labels = resize_maps(scores[None].float(), size)[0].argmax(0).cpu().numpy()
     return labels.astype(np.uint8 if len(scores) <= 256 else np.int32)
+
+# %% ../../nbs/zoo/01_embedders.ipynb #8acc3bd5
+def _tensors(images: Images, value_range: AnyRange) -> list[Tensor]:  # (3,H,W) in [-1,1], of any sizes
+    return [image_tensor(image, None, value_range or (-1, 1)) for image in image_list(images, value_range)]
 
 # %% ../../nbs/zoo/01_embedders.ipynb #d397ab78
 def class_vectors(
@@ -185,15 +205,27 @@ def patch_vectors(
         what = f"its image tower, a {type(visual).__name__}, gives no vectors of patches"
         raise VermouthError(f"model='clip:{clip.name}': {what}. {TRAIN} segment --out MODEL.")
     side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
-    square = to_pil_image((image_tensor(image, side, (-1, 1)) + 1) / 2)  # so that nothing is cropped
-    pixels = clip.preprocess(square).to(clip.device)
+    square = ((image_tensor(image, side, (-1, 1)) + 1) * 127.5).byte()  # so that nothing is cropped
+    pixels = clip.preprocess(Image.fromarray(square.permute(1, 2, 0).cpu().numpy())).to(clip.device)
     blocks = visual.transformer.resblocks
     options = {"indices": [len(blocks) - 2], "stop_early": True, "intermediates_only": True, "output_fmt": "NLC"}
-    tokens = visual.forward_intermediates(pixels[None], **options)["image_intermediates"][0]
-    alone = torch.full([tokens.shape[1]] * 2, -torch.inf, device=tokens.device).fill_diagonal_(0)
-    patches = F.normalize((visual.ln_post(blocks[-1](tokens, attn_mask=alone)) @ visual.proj)[0].float(), dim=-1)
+    with frozen(clip.device):
+        tokens = visual.forward_intermediates(pixels[None], **options)["image_intermediates"][0]
+        alone = torch.full([tokens.shape[1]] * 2, -torch.inf, device=tokens.device).fill_diagonal_(0)
+        patches = F.normalize((visual.ln_post(blocks[-1](tokens, attn_mask=alone)) @ visual.proj)[0].float(), dim=-1)
     grid = side // visual.patch_size[0]
     return patches.T.unflatten(1, (grid, grid))
+
+# %% ../../nbs/zoo/01_embedders.ipynb #3e38ed79
+@torch.inference_mode()
+def _clip_masks(images: Sequence[Tensor], names: Sequence[str], clip: "Clip") -> list[np.ndarray]:
+    "The name that each patch is nearest to."
+    classes, masks = class_vectors(names, clip), []
+    for image in images:
+        patches = patch_vectors(image, clip)
+        with frozen(clip.device):
+            masks.append(_labels(torch.einsum("kd,dhw->khw", classes, patches), image.shape[-2:]))
+    return masks
 
 # %% ../../nbs/zoo/01_embedders.ipynb #6bc4f22f
 class PyramidEmbedder(Embedder):
@@ -216,29 +248,38 @@ class PyramidEmbedder(Embedder):
 
         self.backbone, self.clip, self.expert = backbone, clip, expert
         self.settings = settings or FeatureSettings(attention=())
-        self.size = size or min(256, backbone.unet.config.sample_size * backbone.factor)
+        self.size = size or min(256, *backbone.native_size)
         self.name, self.has_words = str(backbone.name), clip is not None
         plain = {k: v["fingerprint"] if isinstance(v, dict) and "name" in v else v for k, v in self.describe().items()}
         self.fingerprint = fingerprint(json.dumps(plain, sort_keys=True))  # whatever the parts are called here
 
     def describe(self) -> dict[str, Any]:
-        parts = {"backbone": self.backbone, "expert": self.expert}
         made: dict[str, Any] = {}
-        for key, part in parts.items():
+        for key, part in (("backbone", self.backbone), ("expert", self.expert)):
             made[key] = part and {"name": str(part.name), "fingerprint": part.fingerprint}
+        made["backbone"] |= self.backbone.opened
         made["clip"] = self.clip and ClipEmbedder(self.clip).describe()["clip"]
         return {"kind": "pyramid"} | made | {"settings": self.settings.plain(), "size": self.size}
 
-    def classify(self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32) -> Tensor:
+    def classify(
+        self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
+    ) -> Tensor:
         if self.clip is None:
-            return super().classify(images, names, batch_size)
-        return ClipEmbedder(self.clip).classify(images, names, batch_size)
+            return super().classify(images, names, batch_size, value_range)
+        return ClipEmbedder(self.clip).classify(images, names, batch_size, value_range)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #f4913ef0
 @patch
-def segment(self: PyramidEmbedder, images: Images, names: Sequence[str], short: int | None = None) -> Any:
-    "Return masks from cross-attention: (H,W) labels, a list for many."
-    masks = [attention_mask(image, names, self.backbone, self.settings, self.size) for image in image_list(images)]
+def segment(
+    self: PyramidEmbedder,
+    images: Images,
+    names: Sequence[str],
+    short: int | None = None,               # of trained heads only
+    value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+) -> Any:                                   # (H,W) labels, a list for many
+    "Return masks from cross-attention."
+    tensors = _tensors(images, value_range)
+    masks = [attention_mask(image, names, self.backbone, self.settings, self.size) for image in tensors]
     return masks[0] if is_single(images) else masks
 
 # %% ../../nbs/zoo/01_embedders.ipynb #4a3c9c4e
@@ -246,10 +287,11 @@ def segment(self: PyramidEmbedder, images: Images, names: Sequence[str], short: 
 def levels(
     self: PyramidEmbedder,
     images: Images,
-    batch_size: int = 32,
-) -> list[Tensor]:  # (B,C,h,w) each, float32: the pyramid, then the expert's maps
+    batch_size: int = 32,                   # images at a time
+    value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+) -> list[Tensor]:                          # (B,C,h,w) each, float32: the pyramid, then the expert's maps
     "Return the maps that `embed` pools."
-    pixels = image_batch(images, self.size)
+    pixels = image_batch(images, self.size, value_range)
     options = vars(self.settings) | {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)}
     maps = [m.float() for m in self.backbone.features(pixels, **options)]
     if (expert := self.expert) is None:
@@ -259,11 +301,16 @@ def levels(
 # %% ../../nbs/zoo/01_embedders.ipynb #14131860
 @patch
 @torch.inference_mode()
-def embed(self: PyramidEmbedder, images: Images, batch_size: int = 32) -> Tensor:  # (B,D) float32 of length 1
+def embed(
+    self: PyramidEmbedder,
+    images: Images,
+    batch_size: int = 32,                   # images at a time
+    value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+) -> Tensor:                                # (B,D) float32 of length 1
     "Return each level's mean over positions, of length 1, and CLIP's vector; concatenated, and of length 1 again."
-    vectors = [F.normalize(m.mean((2, 3)), dim=-1) for m in self.levels(images, batch_size)]
+    vectors = [F.normalize(m.mean((2, 3)), dim=-1) for m in self.levels(images, batch_size, value_range)]
     if self.clip is not None:
-        vectors.append(ClipEmbedder(self.clip).embed(images, batch_size).to(vectors[0]))
+        vectors.append(ClipEmbedder(self.clip).embed(images, batch_size, value_range).to(vectors[0]))
     return F.normalize(torch.cat(vectors, 1), dim=-1)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #5df0ec36
@@ -278,7 +325,7 @@ def embed_text(self: PyramidEmbedder, texts: str | Sequence[str]) -> Tensor:  # 
 
 # %% ../../nbs/zoo/01_embedders.ipynb #73d915ab
 def attention_mask(
-    image: Any,                    # one image
+    pixels: Tensor,                # (3,H,W) in [-1,1]
     names: Sequence[str],          # K classes; of synonyms with commas, the first counts
     backbone: "Backbone",
     settings: "FeatureSettings",
@@ -289,19 +336,18 @@ def attention_mask(
 
     words = [group[0] for group in class_words(names)]
     prompts = ["a photo of " + " and ".join(words[: i + 1]) for i in range(len(words))]
-    with lock_of(backbone.tokenizer):
+    with lock_of(tokenizer := backbone.word_tokenizer):
         before = [f"{prompt} and" for prompt in prompts[:-1]]
         # in tokens, without the last, which ends a text
         starts, ends = (
-            [len(backbone.tokenizer(text)["input_ids"]) - 1 for text in texts]
+            [len(tokenizer(text)["input_ids"]) - 1 for text in texts]
             for texts in (["a photo of", *before], prompts)
         )
-    if ends[-1] >= backbone.tokens:
-        what = f"{len(words)} of them, more than a prompt of {backbone.tokens} tokens holds"
+    if ends[-1] >= backbone.word_tokens:
+        what = f"{len(words)} of them, more than a prompt of {backbone.word_tokens} tokens holds"
         raise VermouthError(f"names: {what}. Give fewer, or {TRAIN[0].lower()}{TRAIN[1:]} segment --out MODEL.")
-    pixels = image_tensor(image)
     options = vars(settings) | {"stages": ("mid", "up"), "attention": ("up_cross",), "value_range": (-1, 1)}
-    finest = backbone.features(pixels, prompts[-1], size=size, **options)[2]  # 1/16 of the image
+    finest = backbone.features(pixels, prompts[-1], size=size, **options)[backbone.finest_map]  # 1/16 of the image
     attention = finest[0, -backbone.tokens :].float()
     scores = [attention[start:end].mean(0) for start, end in zip(starts, ends, strict=True)]
     return _labels(torch.stack(scores), pixels.shape[-2:])
@@ -369,9 +415,28 @@ def fit_linear(
     optimizer.step(loss)  # type: ignore[arg-type]  # torch wants a float
     return {"mean": mean, "scale": scale[None], "weight": weight.detach(), "bias": bias.detach()}
 
+# %% ../../nbs/zoo/01_embedders.ipynb #b270e7dd
+def fit_whitening(
+    vectors: Tensor,       # (N,D) of seen classes
+    labels: Tensor,        # (N,) classes in 0 … K-1
+    shrinkage: float,      # towards the unit matrix, 0 … 1
+    most: int = 1024,      # directions kept, those of most variance
+) -> dict[str, Tensor]:    # as from `fit_linear`: mean (D,), scale (1,), weight (E,D), bias (E,), E ≤ D
+    "Return the projection in which images of one class differ alike in all directions."
+    mean = vectors.mean(0)
+    _, _, axes = torch.linalg.svd(vectors - mean, full_matrices=False)
+    x = (vectors - mean) @ (axes := axes[:most]).T
+    means = torch.stack([x[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+    inside = (x - means[labels]).double()
+    spread = inside.T @ inside / len(x)
+    spread = (1 - shrinkage) * spread + shrinkage * spread.diagonal().mean() * torch.eye(len(spread))
+    values, basis = torch.linalg.eigh(spread)
+    weight = (basis / values.clamp_min(1e-12).sqrt()).T.float() @ axes
+    return {"mean": mean, "scale": torch.ones(1), "weight": weight.contiguous(), "bias": torch.zeros(len(weight))}
+
 # %% ../../nbs/zoo/01_embedders.ipynb #0f7d98f1
 class LinearClassifier(HubModel, Embedder):
-    "A trained linear layer on an embedder's vectors, with its class names."
+    "A trained linear layer on an embedder's vectors: scores of its classes, or a projection for retrieval."
 
     if TYPE_CHECKING:  # methods are patched on below
 
@@ -380,19 +445,24 @@ class LinearClassifier(HubModel, Embedder):
     def __init__(
         self,
         features: Embedder,
-        state: dict[str, Tensor],   # from `fit_linear`
+        state: dict[str, Tensor],   # from `fit_linear`, for retrieval from `fit_whitening`
         training: dict[str, Any],   # of the card: task, names, data, metrics, calibration
     ):
         self.features, self.training_card = features, training
         self.state = {key: value.float().cpu() for key, value in state.items()}
         self.labels, self.size, self.has_words = tuple(training["names"]), features.size, features.has_words
         self.name, self.fingerprint = f"linear on {features.name}", features.fingerprint
+        if training["task"] == "sbir":  # a projection, not scores of classes
+            self.labels, self.has_words = (), False
+            numbers = b"".join(self.state[key].contiguous().numpy().tobytes() for key in sorted(self.state))
+            self.fingerprint = fingerprint(hashlib.sha256(numbers).hexdigest(), self.fingerprint)
 
-    def embed(self, images: Images, batch_size: int = 32) -> Tensor:
-        return self.features.embed(images, batch_size)
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
+        vectors = self.features.embed(images, batch_size, value_range)
+        return vectors if self.training_card["task"] != "sbir" else F.normalize(self.logits(vectors), dim=-1)
 
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
-        return self.features.embed_text(texts)
+        return self.features.embed_text(texts) if self.has_words else super().embed_text(texts)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #a99e813b
 @patch(cls_method=True)
@@ -417,20 +487,24 @@ def logits(
 ) -> Tensor:          # (B,K)
     "Return the scores of all classes."
     s = self.state
-    return F.linear((vectors.float().cpu() - s["mean"]) / s["scale"], s["weight"], s["bias"])
+    with frozen(torch.device("cpu")):
+        return F.linear((vectors.float().cpu() - s["mean"]) / s["scale"], s["weight"], s["bias"])
 
 # %% ../../nbs/zoo/01_embedders.ipynb #1e9966d9
 @patch
 def classify(
     self: LinearClassifier,
     images: Images,
-    names: Sequence[str] | None = None,  # some of `labels`; None takes all
-    batch_size: int = 32,
-) -> Tensor:                             # (B,K) probabilities
-    "Return which of its classes fits. Raises VermouthError for other names."
+    names: Sequence[str] | None = None,     # some of `labels`; None takes all
+    batch_size: int = 32,                   # images at a time
+    value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+) -> Tensor:                                # (B,K) probabilities
+    "Return which of its classes fits. Raises VermouthError for other names, and for a model for retrieval."
+    if not self.labels:
+        return Embedder.classify(self, images, names)
     wanted = self.labels if names is None else [choose("names", name, self.labels) for name in names]
     columns = [self.labels.index(name) for name in wanted]
-    return self.logits(self.embed(images, batch_size))[:, columns].softmax(-1)
+    return self.logits(self.features.embed(images, batch_size, value_range))[:, columns].softmax(-1)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #739e2b5c
 @patch
@@ -464,6 +538,7 @@ def embedder_from(
     device: Any = None,
     dtype: Any = "float32",
     allow: Sequence[str] = (),  # ("hub",) fetches parts that only the card names
+    overlay: Mapping[str, Any] = {},  # of `load_backbone`; nothing takes the card's
 ) -> Embedder:
     "Return the embedder of a card. Raises VermouthError for parts of other weights, or that would be fetched."
     from vermouth.expert import load_expert
@@ -472,18 +547,24 @@ def embedder_from(
     if kind not in ("expert", "clip", "pyramid"):
         raise folder_error(folder, f"its features are of a kind {kind!r} that this version does not know. Upgrade.")
     try:
-        named = {key: described[key]["name"] for key in ("expert", "clip", "backbone") if described.get(key)}
-        names = names_in_card(named, folder, allow)
+        names = {key: described[key]["name"] for key in ("expert", "clip", "backbone") if described.get(key)}
+        over = overlay or (described.get("backbone") or {}).get("overlay") or {}
+        opened = {} if overlay or "backbone" not in names else backbone_names(described["backbone"])
+        names_in_card(names | opened, folder, allow)
         if "expert" in names:
             parts["expert"] = load_expert(names["expert"], device=device)
         if kind == "expert":
             made: Embedder = ExpertEmbedder(parts["expert"], described["size"])
         else:
-            made = _worded_embedder(kind, names, parts, described, device, dtype)
+            made = _worded_embedder(kind, names, parts, described, device, dtype, over)
         found = made.describe()
-    except (KeyError, TypeError, AttributeError) as error:
+        wrong = [key for key in names if found[key]["fingerprint"] != described[key]["fingerprint"]]
+        if repr(found.get("size")) != repr(described.get("size")):  # True is no number
+            raise ValueError(f"size={described.get('size')!r}")
+    except VermouthError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise folder_error(folder, f"its features are not described ({error}). Save the model again.") from error
-    wrong = [key for key in names if found[key]["fingerprint"] != described[key]["fingerprint"]]
     if wrong:
         what = f"{wrong[0]} {described[wrong[0]]['name']!r} has other weights here than those it was trained on"
         raise folder_error(folder, f"its {what}. Train it again, or bring those back.")
@@ -491,7 +572,7 @@ def embedder_from(
 
 # %% ../../nbs/zoo/01_embedders.ipynb #223109a6
 def _worded_embedder(
-    kind: str, names: Mapping[str, str], parts: dict, described: dict, device: Any, dtype: Any
+    kind: str, names: Mapping[str, str], parts: dict, described: dict, device: Any, dtype: Any, over: Mapping[str, Any]
 ) -> Embedder:
     from vermouth.backbone import FeatureSettings, load_backbone
     from vermouth.text import load_clip
@@ -499,7 +580,7 @@ def _worded_embedder(
     if kind == "clip":
         return ClipEmbedder(load_clip(names["clip"], device))
     clip = load_clip(names["clip"], device) if "clip" in names else None
-    backbone = load_backbone(names["backbone"], device, dtype)
+    backbone = load_backbone(names["backbone"], device, dtype, **over)
     settings = FeatureSettings(**described["settings"])
     return PyramidEmbedder(backbone, clip, parts.get("expert"), settings, described["size"])
 
@@ -510,10 +591,14 @@ def load_linear(
     device: Any = None,
     dtype: Any = "float32",
     allow: Sequence[str] = (),
+    overlay: Mapping[str, Any] = {},  # of `load_backbone`; nothing takes the card's
 ) -> LinearClassifier:
     "Return the linear classifier in a folder. Raises VermouthError if files or parts are missing or do not fit."
-    features, state = embedder_from(card["features"], folder, device, dtype, allow), read_state(folder, card)
+    features = embedder_from(card["features"], folder, device, dtype, allow, overlay)
+    state = read_state(folder, card)
     dim, count = features.embed(np.zeros((64, 64, 3), np.uint8)).shape[1], len(card["training"]["names"])
+    if card["training"]["task"] == "sbir":
+        count = state["weight"].shape[0] if "weight" in state and state["weight"].ndim else 0
     want = {"mean": (dim,), "scale": (1,), "weight": (count, dim), "bias": (count,)}
     check_state(folder, state, {key: torch.empty(shape, device="meta") for key, shape in want.items()})
     return LinearClassifier(features, state, card["training"])
@@ -566,9 +651,28 @@ def _has_weights(name: str) -> bool:
     except VermouthError:
         return False
 
+# %% ../../nbs/zoo/01_embedders.ipynb #d515dde4
+def check_overlay(
+    model: Any,                  # from `open_model`
+    overlay: Mapping[str, Any],  # unet, lora, variant, as for `vermouth.backbone.load_backbone`
+) -> None:
+    "Raises VermouthError for an overlay over a model without a denoiser."
+    given = next((f"{key}={value!r}" for key, value in overlay.items() if value), "")
+    if given and not hasattr(getattr(model, "features", model), "backbone"):
+        raise VermouthError(f"{given}: {model.name} has no denoiser to put it over. Pass a model that has one.")
+
+# %% ../../nbs/zoo/01_embedders.ipynb #67885787
+def _whole(value: Any) -> Any:  # a name, or a list of names
+    "Names as JSON has them; those of files and folders as whole paths."
+    if not isinstance(value, (str, Path)):
+        return [_whole(one) for one in value]
+    return os.path.abspath(value) if os.path.exists(value) else str(value)
+
 # %% ../../nbs/zoo/01_embedders.ipynb #eea97a43
-def labelled(model: Any, name: str, why: str = "") -> Any:
-    "Return a model that knows what it was opened from, and why."
+def labelled(model: Any, name: str, why: str = "", overlay: Mapping[str, Any] = {}) -> Any:
+    "Return a model that knows what it was opened from and why. Raises VermouthError for an overlay of no denoiser."
+    check_overlay(model, overlay)
+    model.overlay = {key: _whole(value) for key, value in overlay.items() if value}
     model.source = os.path.abspath(name) if Path(name).is_dir() else name
     model.why = f"model: {name} (auto: {why})" if why else f"model: {name}"
     return model
@@ -602,8 +706,8 @@ def _named_embedder(name: str, device: Any, allow: Sequence[str]) -> Embedder | 
         return _clip_embedder(name.removeprefix("clip:"), device)
     if Path(name).is_dir():
         return _embedder_in(Path(name), device, allow)
-    import timm
-
+    with without_compiler():
+        import timm
     from vermouth.expert import TIMM_NAMES, load_expert
 
     known = name in TIMM_NAMES or name.startswith("hf-hub:") or timm.is_model(name)
@@ -615,8 +719,9 @@ def open_embedder(
     device: Any = None,
     words: bool = False,                       # for "auto": only models that know words
     allow: Sequence[str] = (),
+    overlay: Mapping[str, Any] = {},           # of a denoiser: unet, lora, variant
 ) -> Embedder | None:
     "Return a model by its name, or None if it needs a denoiser or is unknown."
     name, why = find_model(words) if str(name) == "auto" else (str(name), "")
     model = _named_embedder(name, device, allow)
-    return model and labelled(model, name, why)
+    return model and labelled(model, name, why, overlay)
