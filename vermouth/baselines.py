@@ -7,6 +7,7 @@ __all__ = ['Embed', 'embed_items', 'mid_embedder', 'expert_embedder', 'prompts_f
            'baseline_embedders', 'nearest_class_mean', 'linear_probe', 'Bottleneck']
 
 # %% ../nbs/library/14_baselines.ipynb #0e799fcb
+import copy
 import hashlib
 import json
 import warnings
@@ -25,13 +26,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureSettings
-from .core import VermouthError, choose
+from .core import VermouthError, choose, frozen, spent_on
 from .data.arrow import STORE_DTYPES, rounded
 from .data.extraction import in_chunks, item_ids, store_key
-from .images import image_batch
+from .images import image_batch, image_list
 from .model import Vermouth
 from .store import FeatureStore, extract
-from .text import Captioner, Clip, image_embeddings, text_embeddings
+from .text import Captioner, Clip, _pil, image_embeddings, text_embeddings
 from .train import Features, LevelSubset, in_memory, stratified_split
 
 # %% ../nbs/library/14_baselines.ipynb #b11d59ef
@@ -75,6 +76,14 @@ def image_embedder(clip: Clip) -> Embed:
 def prompt_embedder(clip: Clip) -> Embed:
     "Embed the prompt by CLIP's text tower; the image is not used."
     return lambda images, prompts: text_embeddings(prompts, clip)
+
+# %% ../nbs/library/14_baselines.ipynb #41b52ab9
+def join_parts(
+    parts: Sequence[Tensor],  # (N,D) vectors of each part, all of one space
+    scales: Sequence[float],  # of each part
+) -> Tensor:                  # (N, sum of D)
+    "Concatenate unit vectors times a scale each: cosines become weighted sums of the parts' cosines."
+    return torch.cat([a * F.normalize(part.float(), dim=-1) for part, a in zip(parts, scales, strict=True)], 1)
 
 # %% ../nbs/library/14_baselines.ipynb #8670a31d
 def raw_pixels(
@@ -187,6 +196,7 @@ def _class_indices(
     return y
 
 # %% ../nbs/library/14_baselines.ipynb #df2686d7
+@spent_on("baselines")
 def nearest_class_mean(
     features: Tensor,       # (N,D) of the training images
     labels: Sequence[int],  # N classes in 0 … K-1
@@ -221,11 +231,13 @@ def _choose_strength(
     return min(_STRENGTHS, key=loss)
 
 # %% ../nbs/library/14_baselines.ipynb #30160823
+@spent_on("baselines")
 def linear_probe(
     features: Tensor,       # (N,D) of the training images
     labels: Sequence[int],  # N classes in 0 … K-1, at least two
     queries: Tensor,        # (M,D)
     seed: int = 0,          # of what is held back
+    strength: float | None = None,  # C; None chooses it on held-back training images
 ) -> Tensor:                # (M,K) probabilities
     "Train logistic regression on frozen features. Raises VermouthError for labels with gaps or a single class."
     y = _class_indices(features, labels).numpy()
@@ -235,7 +247,165 @@ def linear_probe(
     with warnings.catch_warnings():
         # the weakest penalties may stop early, and are then not chosen
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return torch.from_numpy(_probe(_choose_strength(x, y, seed)).fit(x, y).predict_proba(q))
+        chosen = _choose_strength(x, y, seed) if strength is None else strength
+        return torch.from_numpy(_probe(chosen).fit(x, y).predict_proba(q))
+
+# %% ../nbs/library/14_baselines.ipynb #798182d7
+CLIP_SCALE = 100.0  # of cosines, as CLIP's training ends with
+
+# %% ../nbs/library/14_baselines.ipynb #537bcae2
+def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int = 100) -> None:
+    "Run L-BFGS with a line search."
+    optimiser = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+
+    def evaluate() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(evaluate)
+
+# %% ../nbs/library/14_baselines.ipynb #01b87cc6
+def tip_adapter(
+    features: Tensor,       # (N,D) CLIP's vectors of the training images
+    labels: Sequence[int],  # N classes in 0 … K-1
+    queries: Tensor,        # (M,D)
+    classes: Tensor,        # (K,D) unit vectors of the names
+    alpha: float = 1.0,     # weight of the votes
+    beta: float = 5.5,      # how close an image must be to vote
+    steps: int = 0,         # of training the images' vectors: 20 for Tip-Adapter-F
+) -> Tensor:                # (M,K) logits
+    "Add the votes of similar training images to the zero-shot logits."
+    x, q, y = F.normalize(features, dim=-1), F.normalize(queries, dim=-1), torch.as_tensor(labels)
+    keys, votes = x.clone().requires_grad_(steps > 0), F.one_hot(y, len(classes)).to(x)
+
+    def logits(z: Tensor) -> Tensor:
+        return CLIP_SCALE * z @ classes.T + alpha * torch.exp(-beta * (1 - z @ keys.T)) @ votes
+
+    if steps:
+        optimiser = torch.optim.AdamW([keys], lr=1e-3, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            F.cross_entropy(logits(x), y).backward()
+            optimiser.step()
+            schedule.step()
+    return logits(q).detach()
+
+# %% ../nbs/library/14_baselines.ipynb #a2ed1bb3
+def clap(
+    features: Tensor,        # (N,D) CLIP's vectors of the training images
+    labels: Sequence[int],   # N classes in 0 … K-1
+    queries: Tensor,         # (M,D)
+    classes: Tensor,         # (K,D) unit vectors of the names
+    penalty: float = 1.0,    # factor on what holds the weights
+) -> Tensor:                 # (M,K) logits
+    "Train a linear probe from the names, each held by the mean zero-shot probability of its class."
+    x, q, y = F.normalize(features, dim=-1), F.normalize(queries, dim=-1), _class_indices(features, labels)
+    zero_shot = (CLIP_SCALE * x @ classes.T).softmax(-1)
+    hold = torch.stack([zero_shot[y == k, k].mean() for k in range(len(classes))])
+    weights = classes.clone().requires_grad_()
+
+    def logits(z: Tensor) -> Tensor:
+        return CLIP_SCALE * z @ F.normalize(weights, dim=-1).T
+
+    def loss() -> Tensor:
+        return F.cross_entropy(logits(x), y) + penalty * (hold * (weights - classes).square().sum(1)).mean()
+
+    minimise(loss, [weights])
+    return logits(q).detach()
+
+# %% ../nbs/library/14_baselines.ipynb #945b1041
+def lp_plus_plus(
+    features: Tensor,       # (N,D) CLIP's vectors of the training images
+    labels: Sequence[int],  # N classes in 0 … K-1
+    queries: Tensor,        # (M,D)
+    classes: Tensor,        # (K,D) unit vectors of the names
+    steps: int = 300,
+) -> Tensor:                # (M,K) logits
+    "Train a linear probe from the class means, with the names added by a factor that is learned for each class."
+    x, q, y = F.normalize(features, dim=-1), F.normalize(queries, dim=-1), _class_indices(features, labels)
+    text = x @ classes.T
+    means = torch.stack([x[y == k].mean(0) for k in range(len(classes))])
+    first = 250 * torch.stack([text[y == k, k].mean() for k in range(len(classes))]).mean()
+    weights, bias = means.clone().requires_grad_(), torch.zeros(len(classes)).requires_grad_()
+    factors = first.repeat(len(classes)).requires_grad_()
+    step = 4 * len(x) / torch.linalg.eigvalsh(x.T @ x)[-1].item()
+    optimiser = torch.optim.SGD([weights, bias], step, momentum=0.9)
+    for i in range(1, steps + 1):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(x @ weights.T + bias + factors * text, y)
+        loss.backward(inputs=[weights, bias, factors])
+        optimiser.step()
+        if i % 10 == 0:
+            factors.data -= len(x) / (4 * text.square().sum(0).max()) * factors.grad  # type: ignore[operator]
+        factors.grad = None
+    return (q @ weights.T + bias + factors * (q @ classes.T)).detach()
+
+# %% ../nbs/library/14_baselines.ipynb #a85003c9
+def prolip(
+    features: Tensor,       # (N,C) of CLIP's image tower before its last projection
+    labels: Sequence[int],  # N classes in 0 … K-1
+    queries: Tensor,        # (M,C)
+    classes: Tensor,        # (K,D) unit vectors of the names
+    projection: Tensor,     # (C,D) of the tower
+    penalty: float | None = None,  # on the squared change; None: 1 / shots
+) -> Tensor:                # (M,K) logits
+    "Train CLIP's last projection, held at itself."
+    y = torch.as_tensor(labels)
+    penalty = len(classes) / len(y) if penalty is None else penalty
+    changed = projection.clone().requires_grad_()
+
+    def logits(z: Tensor) -> Tensor:
+        return CLIP_SCALE * F.normalize(z @ changed, dim=-1) @ classes.T
+
+    minimise(lambda: F.cross_entropy(logits(features), y) + penalty * (changed - projection).square().sum(), [changed])
+    return logits(queries).detach()
+
+# %% ../nbs/library/14_baselines.ipynb #92c1687a
+def unprojected_embedder(clip: Clip) -> Embed:  # (B,C), before the last projection
+    "Embed by CLIP's image tower without its last projection. Raises VermouthError for a tower that has none."
+    tower = clip.model.visual
+    if getattr(tower, "proj", None) is None:
+        what = f"its image tower, a {type(tower).__name__}, has no last projection"
+        raise VermouthError(f"clip={clip.name!r}: {what}. Use a ViT of open_clip's.")
+    bare = copy.copy(tower)  # shares all weights; the original is not touched, so that other threads may use it
+    bare._parameters = {**tower._parameters, "proj": None}
+
+    def embed(images: list, prompts: list[str]) -> Tensor:
+        pixels = torch.stack([clip.preprocess(_pil(image)) for image in image_list(images)])
+        with frozen(clip.device):
+            return bare(pixels.to(clip.device)).float()
+
+    return embed
+
+# %% ../nbs/library/14_baselines.ipynb #2d2b25d5
+GRIDS: dict[Callable[..., Tensor], list[dict[str, float]]] = {  # what is chosen from, where a method is tuned
+    tip_adapter: [{"alpha": a, "beta": b} for a in (0.5, 1.0, 3.0, 10.0, 30.0) for b in (1.0, 5.5, 15.0)],
+    clap: [{"penalty": p} for p in (0.01, 0.1, 1.0, 10.0)],
+    prolip: [{"penalty": p} for p in (0.001, 0.01, 0.1, 1.0, 10.0)],
+}
+
+# %% ../nbs/library/14_baselines.ipynb #a4d48db2
+def tuned(
+    method: Callable[..., Tensor],  # one of `GRIDS`
+    features: Tensor,               # (N,D)
+    labels: Sequence[int],
+    queries: Tensor,
+    more: Sequence[Tensor],         # further arguments of the method: classes, projection
+    seed: int = 0,                  # of what is held back
+    **options: float,               # of the method, not tuned
+) -> Tensor:                        # (M,K) logits
+    "Run a method as is best on held-back training images; with one image per class, as its authors do without any."
+    keep, held = stratified_split(list(labels), seed=seed)
+    y, setting = torch.as_tensor(labels), {}
+    if len(held):
+        known = features[keep], y[keep].tolist(), features[held], *more
+        trials = [method(*known, **setting, **options) for setting in GRIDS[method]]
+        losses = [F.cross_entropy(scores, y[held]).item() for scores in trials]
+        setting = GRIDS[method][min(range(len(losses)), key=losses.__getitem__)]
+    return method(features, labels, queries, *more, **setting, **options)
 
 # %% ../nbs/library/14_baselines.ipynb #5f9cc586
 class Bottleneck(nn.Module):
@@ -262,6 +432,7 @@ class Bottleneck(nn.Module):
         return self.up(F.relu(self.down(x.flatten(2).mean(2) if x.ndim > 2 else x)))
 
 # %% ../nbs/library/14_baselines.ipynb #c10845ef
+@spent_on("baselines")
 def bottleneck_embedder(
     head: Bottleneck,  # trained
     embed: Embed,      # what it was trained on

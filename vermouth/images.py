@@ -24,9 +24,9 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from .core import VermouthError, choose, write_atomic
 
@@ -440,6 +440,22 @@ def _height_width(
         )
     return int(sides[0]), int(sides[1])
 
+# %% ../nbs/library/01_images.ipynb #e29623eb
+def _interpolate(
+    image: Tensor,           # (3,H,W) or (B,3,H,W)
+    sides: tuple[int, int],  # height, width
+    mode: str = "bilinear",  # or "bicubic"
+) -> Tensor:
+    "Resize with antialiasing, bit for bit as torchvision's second transforms do, whose import takes seconds."
+    if tuple(image.shape[-2:]) == sides:
+        return image
+    batch = image.reshape(-1, *image.shape[-3:])
+    if len(batch) == 1 and batch.is_contiguous(memory_format=torch.channels_last):
+        strides = (batch.numel(), *batch.stride()[1:])  # else torch lays the result out in another order
+        batch = batch.as_strided(batch.shape, strides)
+    resized = F.interpolate(batch, sides, mode=mode, align_corners=False, antialias=True)
+    return resized.reshape(*image.shape[:-2], *sides)
+
 # %% ../nbs/library/01_images.ipynb #a3b82f13
 def resize(
     image: Tensor,                       # (3,H,W)
@@ -448,7 +464,7 @@ def resize(
     "Resize bilinearly with antialiasing; the aspect ratio is not kept, as in the sketch-retrieval papers."
     if size is None or tuple(image.shape[-2:]) == (sides := _height_width(size)):
         return image
-    return transforms.resize(image, list(sides), antialias=True)
+    return _interpolate(image, sides)
 
 # %% ../nbs/library/01_images.ipynb #c83cd25b
 STRIP = 2**22  # pixels, about
@@ -464,15 +480,15 @@ def _resize_strips(
     im: Image.Image,                          # RGB
     size: int | tuple[int, int],              # as for `resize`
     to_tensor: Callable[[Image.Image], Tensor],
-    filter: transforms.InterpolationMode,
+    mode: str,                                # "bilinear" or "bicubic"
 ) -> Tensor:                                  # (3,H',W')
     "Return an image as a tensor of another size, without the whole tensor in memory."
     height, width = _height_width(size)
     rows = max(1, STRIP // im.width)
     boxes = [(0, top, im.width, min(top + rows, im.height)) for top in range(0, im.height, rows)]
-    sides = [[box[3] - box[1], width] for box in boxes]
-    strips = [transforms.resize(to_tensor(im.crop(b)), s, filter, antialias=True) for b, s in zip(boxes, sides)]
-    whole = transforms.resize(torch.cat(strips, 1), [height, width], filter, antialias=True)
+    sides = [(box[3] - box[1], width) for box in boxes]
+    strips = [_interpolate(to_tensor(im.crop(box)), side, mode) for box, side in zip(boxes, sides)]
+    whole = _interpolate(torch.cat(strips, 1), (height, width), mode)
     return whole.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last in memory, as every image
 
 # %% ../nbs/library/01_images.ipynb #c7a86c9c
@@ -482,7 +498,7 @@ def _resized_image(
 ) -> Tensor:                             # (3,H',W') float32 in [-1,1]
     if size is None or im.width * im.height <= STRIP:
         return resize(_to_floats(im), size)
-    return _resize_strips(im, size, _to_floats, transforms.InterpolationMode.BILINEAR)
+    return _resize_strips(im, size, _to_floats, "bilinear")
 
 # %% ../nbs/library/01_images.ipynb #3266cd77
 def bicubic_image(
@@ -494,7 +510,7 @@ def bicubic_image(
     def whole_numbers(part: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
-    small = _resize_strips(im, size, whole_numbers, transforms.InterpolationMode.BICUBIC)
+    small = _resize_strips(im, size, whole_numbers, "bicubic")
     return Image.fromarray(small.permute(1, 2, 0).numpy())
 
 # %% ../nbs/library/01_images.ipynb #0a9455fb
@@ -507,14 +523,16 @@ def centre_crop(
     size: int | tuple[int, int],  # side, or (height, width), in pixels
 ) -> AnyImage:                    # of that size
     "Return the middle of an image whose shorter side was resized, bicubically, to just hold it."
-    (height, width), (tall, wide) = _height_width(size), transforms.get_size(image)
+    tall, wide = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+    height, width = _height_width(size)
     ratio = max(height / tall, width / wide)
-    sides = [max(height, int(tall * ratio)), max(width, int(wide * ratio))]
-    resized = transforms.resize(image, sides, interpolation=transforms.InterpolationMode.BICUBIC)
-    middle: Any = transforms.center_crop(resized, [height, width])
-    if isinstance(middle, Tensor):
-        middle = middle.clamp(-1, 1)  # the filter goes beyond the image's values
-    return middle
+    sides = max(height, int(tall * ratio)), max(width, int(wide * ratio))
+    top, left = (round((large - small) / 2) for large, small in zip(sides, (height, width)))
+    if isinstance(image, Tensor):
+        middle = _interpolate(image, sides, "bicubic")[..., top : top + height, left : left + width]
+        return middle.clamp(-1, 1)  # the filter goes beyond the image's values
+    resized = image.resize(sides[::-1], Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + width, top + height))
 
 # %% ../nbs/library/01_images.ipynb #c478ad32
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor  # what one image may be given as

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'Vermouth', 'width_scale', 'open_model']
 
 # %% ../nbs/library/11_model.ipynb #2aa7d9ce
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import core
 from .backbone import Backbone, FeatureSettings, load_backbone, prompt_list
 from .core import VermouthError, check_finite, choose, evaluating, frozen, in_batches
-from .expert import Adapters, Expert, load_expert
+from .expert import Adapters, Expert, clip_expert, load_expert
 from .hooks import place_names
 from .images import ImageLike, Images, ValueRange, image_batch, image_list, image_tensor, is_single, resize
 from vermouth.zoo.embedders import (
@@ -54,11 +54,13 @@ from vermouth.text import (
     segmentation_text,
     text_embeddings,
 )
-from .uhead import UHead, arch_widths, class_logits
+from .uhead import Skip, UHead, arch_widths, class_logits
 from vermouth.zoo.saving import (
     CARD,
     HUB_FILES,
+    OLD_LOGITS,
     HubModel,
+    backbone_names,
     check_state,
     folder_error,
     names_in_card,
@@ -75,9 +77,10 @@ def _adapters_for(
     expert: Expert | None,
     protocol: str,    # how the expert is read and joined
     normalise: bool,  # as for `Adapters`
+    size: int | None = None,  # of the images, for self-attention
 ) -> tuple[Adapters | None, tuple[int, ...]]:  # with random weights; channels of each level, lowest resolution first
     "Adapters that join an expert's maps to the pyramid that `settings` give, and the channels that result."
-    dims = tuple(backbone.feature_dims(settings.stages, settings.attention))
+    dims = tuple(backbone.feature_dims(settings.stages, settings.attention, size))
     if places := place_names(settings.stages):
         raise VermouthError(f"stages={places!r}: a head reads a set of stages. Choose from down, mid, up.")
     if expert is None:
@@ -87,7 +90,7 @@ def _adapters_for(
             f"expert: {expert.name!r} was loaded for the other protocol. Use load_expert(…, protocol={protocol!r})."
         )
     # the finest level has one place per latent
-    strides = [backbone.factor * s for s in (8, 4, 2, 1)[: len(dims)]]
+    strides = [backbone.factor << scale for scale in backbone.family.table.scales[: len(dims)]]
     adapters = Adapters(expert, dims, strides, protocol, normalise)
     return adapters, adapters.joined_dims
 
@@ -125,7 +128,9 @@ class Vermouth(nn.Module, HubModel):
     expert: Expert | None
     training_card: dict[str, Any] | None = None  # what `vermouth train` has measured
     fit: Fit | None = None                       # statistics of the pictures that it knows
+    skip: Skip | None                            # beside the head, where `train.start_head` has made one
     source: str = ""                             # where it lies; nothing for a model that was not loaded
+    logits: Mapping[str, float] = OLD_LOGITS     # scale and temperature of `classify`, as the head was trained
     if TYPE_CHECKING:  # methods are patched on below
         build: ClassVar[Callable[..., "Vermouth"]]
         load: ClassVar[Callable[..., "Vermouth"]]
@@ -145,16 +150,14 @@ class Vermouth(nn.Module, HubModel):
         normalise: bool = False,             # joined maps of length 1 at each position: the paper's few-shot task
     ):
         super().__init__()
-        self.settings, self.prompt, self.size, self.normalise = settings, prompt, size, normalise
-        self.adapters, self.dims = _adapters_for(backbone, settings, expert, uhead.protocol, normalise)
+        self.settings, self.prompt, self.size, self.normalise, self.skip = settings, prompt, size, normalise, None
+        self.adapters, self.dims = _adapters_for(backbone, settings, expert, uhead.protocol, normalise, size)
         _check_parts(uhead, self.dims, clip, captioner, prompt)
-        expert = expert and expert.to(backbone.device)
-        frozen = {"backbone": backbone, "clip": clip, "captioner": captioner, "expert": expert}
-        self.__dict__ |= frozen  # past nn.Module, which would train and save them
+        parts = backbone, clip, captioner, expert and expert.to(backbone.device)
+        self.__dict__ |= dict(zip(("backbone", "clip", "captioner", "expert"), parts))  # else trained and saved
         if expert and not expert.frozen:  # a submodule: trained, and saved
             self.tuned = expert
-        self.uhead, self.heads, self.protocol = uhead, nn.ModuleDict(), uhead.protocol
-        self.to(backbone.device)
+        self.uhead, self.heads, self.protocol = uhead.to(backbone.device), nn.ModuleDict(), uhead.protocol
 
 # %% ../nbs/library/11_model.ipynb #c52e402b
 @patch(cls_method=True)
@@ -162,7 +165,7 @@ def build(
     cls: Vermouth,
     model: str = "toybox",       # backbone: "toybox", a folder in diffusers format, or a hub id
     captioner: str | Captioner | None = "toybox",  # name, or from `load_captioner`; none for prompt="empty"
-    expert: str | Expert | None = "toybox",  # name, or from `load_expert`; None or "" for none
+    expert: str | Expert | None = "toybox",  # name, or from `load_expert`; "clip" for CLIP's own; None for none
     uhead: str = "tiny",         # one of `uhead.ARCHS`
     fuse: str = "high2low",      # or "low2high"
     settings: FeatureSettings = FeatureSettings(),  # time steps, stages, attention, noise
@@ -180,10 +183,11 @@ def build(
     "All parts by name, and a U-head of random weights that fits them."
     backbone = backbone or load_backbone(model, device, dtype)
     clip = clip or load_clip(clip_for(model), backbone.device)
+    if expert == "clip":
+        expert = clip_expert(clip)
     if isinstance(expert, str):
         expert = load_expert(expert, device=backbone.device, protocol=protocol) if expert else None
-    if size is None:
-        size = min(256, *backbone.native_size)
+    size = min(256, *backbone.native_size) if size is None else size
     if isinstance(captioner, str):
         options = CAPTIONS[choose("protocol", protocol, CAPTIONS)]
         options = options and options | {"size": min(256, size)}  # the paper's captioner sees what the backbone sees
@@ -191,8 +195,7 @@ def build(
         captioner = load_captioner(captioner, backbone.device, **options) if loads else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # its random draws come first: seeds rely on that
-        _, dims = _adapters_for(backbone, settings, expert, protocol, normalise)
+        _, dims = _adapters_for(backbone, settings, expert, protocol, normalise, size)  # first: seeds rely on its draws
         widths = arch_widths(uhead, len(dims), scale or width_scale(backbone))
         head = UHead(dims, clip.dim, uhead, fuse, widths=widths, protocol=protocol)
         return cls(backbone, head, clip, captioner, settings, prompt, size, expert, normalise)
@@ -200,7 +203,7 @@ def build(
 # %% ../nbs/library/11_model.ipynb #ad7d0d5c
 def width_scale(backbone: Backbone) -> float:  # factor on the paper's widths, 1/4 to 1
     "The paper's widths for a backbone as wide as Stable Diffusion, narrower ones for a narrower backbone."
-    return min(1.0, max(0.25, max(backbone.unet.config.block_out_channels) / 1280))
+    return min(1.0, max(0.25, backbone.family.width / 1280))
 
 # %% ../nbs/library/11_model.ipynb #6a910ddf
 @patch
@@ -253,7 +256,20 @@ def forward(
     maps: Sequence[Tensor],  # (B,C,h,w) each, from `read`
 ) -> Tensor:                 # (B,D), not normalised
     "Fuse the pyramid, with the expert, into CLIP's text space."
-    return self.uhead(self.joined(maps))
+    vectors = self.uhead(self.joined(maps))
+    return vectors if self.skip is None else vectors + self.skip(maps)
+
+# %% ../nbs/library/11_model.ipynb #fa85aa5e
+@patch
+def add_skip(self: Vermouth) -> Skip:
+    "Put a linear map beside the head, as zeros, and return it. Raises VermouthError where the expert is trained."
+    if self.expert and not self.expert.frozen:
+        raise VermouthError("start='ridge': the expert is trained, so no solution fits its maps. Load it frozen.")
+    dims = self.backbone.feature_dims(self.settings.stages, self.settings.attention)
+    self.skip = Skip(sum(dims) + sum(self.expert.dims if self.expert else ()), self.clip.dim).to(self.backbone.device)
+    for parameter in self.skip.parameters():
+        torch.nn.init.zeros_(parameter)
+    return self.skip
 
 # %% ../nbs/library/11_model.ipynb #77ad7c93
 @patch
@@ -266,6 +282,9 @@ def embed(
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> Tensor:                               # (B,D) float32 of length 1
     "Images as unit vectors in the space of class names: sketches, photos and words compare by dot product."
+    if self.training_card and self.training_card["task"] == "segment":
+        what = "it was trained for masks, and its U-head was not"
+        raise VermouthError(f"model: {what}. Use it with segment, or train one with --task classify or sbir.")
     if prompts is None:
         prompts = self.prompts(images, value_range)
     pixels = image_batch(images, self.size, value_range)
@@ -321,7 +340,8 @@ def classify(
     "Which of the names fits, by cosine with their CLIP embeddings. Raises VermouthError for empty or repeated names."
     classes = class_embeddings(_names(self, names), self.clip).to(self.backbone.device)
     with frozen(self.backbone.device):
-        return class_logits(self.embed(images, prompts, batch_size, value_range), classes).softmax(-1)
+        vectors = self.embed(images, prompts, batch_size, value_range)
+        return class_logits(vectors, classes, **self.logits).softmax(-1)
 
 # %% ../nbs/library/11_model.ipynb #d6364981
 @patch
@@ -329,12 +349,13 @@ def add_segmentation_head(
     self: Vermouth,
     width: int | None = None,  # of the decoder; None: the paper's 128, 64 for a backbone as small as Toybox's
     seed: int = 0,             # of its random weights
+    decoder: str | None = None,  # one of `seghead.DECODERS`; None: the protocol's
 ) -> DenseHead:                # also model.heads["dense"], saved and loaded with the model
     "Give the model a segmentation head, not trained yet."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = width or (128 if max(self.dims) >= 512 else 64)
-        head = DenseHead(self.dims, self.clip.dim, width, self.protocol)
+        head = DenseHead(self.dims, self.clip.dim, width, self.protocol, decoder=decoder)
     self.heads["dense"] = head.to(self.backbone.device)
     return head
 
@@ -417,6 +438,24 @@ def window_vectors(
         for v, (_, corners, window, canvas), image in zip(vectors.split(counts), cuts, batch):
             yield v, corners, window, canvas, tuple(image.shape[-2:])
 
+# %% ../nbs/library/11_model.ipynb #1d18db79
+def class_codes(
+    count: int,  # K classes
+    dim: int,    # D, of the head's vectors
+) -> Tensor:     # (K,D) of length 1
+    "Return a vector per class for a head that compares no words: unit axes, or random vectors where there are too few."
+    if count <= dim:
+        return torch.eye(count, dim)
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+# %% ../nbs/library/11_model.ipynb #f22e8870
+def _mask_classes(model: Vermouth, names: Sequence[str | Sequence[str]], text: dict[str, Any]) -> Tensor:
+    "The vectors of class names. Raises VermouthError for other names than its own where a model compares no words."
+    if not model.training_card or model.training_card.get("words", True):
+        return label_embeddings(names, model.clip, **text)
+    numbers = [model.labels.index(choose("names", str(name), model.labels)) for name in names]
+    return class_codes(len(model.labels), model.clip.dim)[numbers]
+
 # %% ../nbs/library/11_model.ipynb #02aaf4b1
 @patch
 @torch.inference_mode()
@@ -435,7 +474,7 @@ def segment(
     "The index of the name that fits each pixel. Raises VermouthError for a model without a segmentation head."
     head = self.segmentation_head
     text = segmentation_text(head.protocol) | ({} if templates is None else {"templates": templates})
-    classes = label_embeddings(names, self.clip, **text).to(head.out.weight.device)
+    classes = _mask_classes(self, names, text).to(head.out.weight.device)
     tensors = [image_tensor(image, None, value_range or (-1, 1)) for image in image_list(images, value_range)]
     texts = self.prompts(tensors, (-1, 1)) if prompts is None else prompt_list(prompts, len(tensors))
     out = []
@@ -451,10 +490,11 @@ def pooled(
     self: Vermouth,
     images: Images,        # B images
     batch_size: int = 32,  # images at a time
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> Tensor:               # (B,C) float32
     "The pyramid's levels, averaged over positions; prompts are empty, since a captioner costs more than it tells here."
     options = vars(self.settings) | {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)}
-    maps = self.backbone.features(image_batch(images, self.size), **options)
+    maps = self.backbone.features(image_batch(images, self.size, value_range), **options)
     return torch.cat([m.float().mean((2, 3)) for m in maps], 1)
 
 # %% ../nbs/library/11_model.ipynb #55562df5
@@ -462,13 +502,14 @@ def pooled(
 def misfit(
     self: Vermouth,
     images: Images,  # a sample of those to come
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> str:            # a sentence, or nothing
     "Why the images are not what the model was made for; nothing where that is not known."
     if self.fit is None:
         return ""
-    pixels = image_batch(images, self.size)
+    pixels = image_batch(images, self.size, value_range)
     detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]  # an image of one colour is neither drawn nor a photograph
-    if not len(detailed) or self.fit.distance(self.pooled(detailed)).median() <= 1:
+    if not len(detailed) or self.fit.distance(self.pooled(detailed, value_range=(-1, 1))).median() <= 1:
         return ""
     return (
         f"model: {self.backbone.name} knows drawn pictures only; photographs will match at random. "
@@ -495,7 +536,7 @@ def card(self: Vermouth) -> dict[str, Any]:  # as `saving` says, without "format
     expert, u = self.expert, self.uhead
     return {
         "kind": "uhead",
-        "backbone": _describe(self.backbone),
+        "backbone": {**_describe(self.backbone), **self.backbone.opened},
         "clip": _describe(self.clip),
         "captioner": self.captioner and _describe(self.captioner),
         "expert": expert and _describe(expert) | {"frozen": expert.frozen},
@@ -504,6 +545,8 @@ def card(self: Vermouth) -> dict[str, Any]:  # as `saving` says, without "format
         "size": self.size,
         "protocol": self.protocol,
         "normalise": self.normalise,
+        "start": self.skip and "ridge",
+        "logits": dict(self.logits),
         "uhead": {"arch": u.arch, "fuse": u.fuse, "out_res": u.out_res, "widths": list(u.widths)},
         "heads": {name: head.config for name, head in self.heads.items()},
         "training": self.training_card,
@@ -519,13 +562,13 @@ def name(self: Vermouth) -> str:
 @patch(as_prop=True)
 def fingerprint(self: Vermouth) -> str:  # 16 hexadecimal digits
     "All that decides an embedding: trained weights, frozen parts and settings, whatever the parts are called here."
-    defaults = {"protocol": "ours", "normalise": False}  # settings that came later, and left old fingerprints alone
-    left_out = ("heads", "kind", "training")
+    defaults = {"protocol": "ours", "normalise": False, "start": None}  # left out of old fingerprints
+    left_out = ("heads", "kind", "logits", "training")
     card = {k: v for k, v in self.card().items() if k not in left_out and v != defaults.get(k, ...)}
     for k, v in card.items():
         if isinstance(v, dict) and "fingerprint" in v:
             card[k] = [v["fingerprint"], v["captions"]] if "captions" in v else v["fingerprint"]
-    trained = filter(None, (self.uhead, self.adapters, getattr(self, "tuned", None)))
+    trained = filter(None, (self.uhead, self.adapters, getattr(self, "tuned", None), self.skip))
     return core.fingerprint(*trained, json.dumps(card, sort_keys=True))
 
 # %% ../nbs/library/11_model.ipynb #8f3b9876
@@ -623,9 +666,11 @@ def _with_heads(
     model = Vermouth(backbone, head, clip, captioner, settings, card["prompt"], card["size"], expert, joins[1])
     for key, config in card["heads"].items():
         model.heads[key] = _build_head(key, model.dims, clip.dim, config, folder).to(backbone.device)
+    if card["start"]:
+        model.add_skip()
     check_state(folder, state, model.state_dict())
     model.load_state_dict(state)
-    model.training_card, model.fit = card["training"], _read_fit(folder)
+    model.training_card, model.fit, model.logits = card["training"], _read_fit(folder), card["logits"]
     return model.eval()
 
 # %% ../nbs/library/11_model.ipynb #52b475ab
@@ -640,6 +685,7 @@ def load(
     captioner: Captioner | None = None,        # the same, or another on purpose
     expert: Expert | None = None,              # the same as `backbone`
     allow: Sequence[str] = (),                 # "folder", "hub": parts that only the model's card names
+    overlay: Mapping[str, Any] = {},           # of `load_backbone`: unet, lora, variant; nothing takes the card's
 ) -> Vermouth:                                 # in evaluation mode
     "A saved model with its frozen parts. Raises VermouthError for other parts than those it was trained on."
     for source in allow:
@@ -649,11 +695,13 @@ def load(
     card = read_card(folder)
     if card["kind"] != "uhead":
         raise folder_error(folder, f"a {card['kind']} model. Open it with vermouth.model.open_model.")
-
     given = {"backbone": backbone, "clip": clip, "captioner": captioner, "expert": expert}
-    lacking = {part: card[part]["name"] for part, ready in given.items() if ready is None and card[part]}
-    names = names_in_card(lacking, folder, allow)
-    backbone = _check_part("backbone", backbone or load_backbone(names["backbone"], device, dtype), card, folder)
+    names = {part: card[part]["name"] for part, ready in given.items() if ready is None and card[part]}
+    opened = {} if overlay or backbone else backbone_names(card["backbone"])
+    names_in_card(names | opened, folder, allow)
+    over = overlay or card["backbone"].get("overlay", {})
+    backbone = backbone or load_backbone(names["backbone"], device, dtype, **over)
+    backbone = _check_part("backbone", backbone, card, folder)
     device = backbone.device
     clip = _check_part("clip", clip or load_clip(names["clip"], device), card, folder)
     if captioner is None and card["captioner"]:
@@ -682,50 +730,53 @@ def _clip_here(
         return None
 
 # %% ../nbs/library/11_model.ipynb #3cdf2a41
-def _open_folder(folder: Path, device: Any, dtype: Any, allow: Sequence[str]) -> Any:
+def _open_folder(folder: Path, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model in a folder, by the files in it."
     if (folder / CARD).is_file():
         card = read_card(folder)
         if card["kind"] == "linear":
-            return load_linear(folder, card, device, dtype, allow)
-        return Vermouth.load(folder, device, dtype, allow=allow)
-    if (folder / "model_index.json").is_file() or (folder / "unet").is_dir():
-        return _open_denoiser(str(folder), device, dtype)
+            return load_linear(folder, card, device, dtype, allow, overlay)
+        return Vermouth.load(folder, device, dtype, allow=allow, overlay=overlay)
+    if (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in ("unet", "transformer")):
+        return _open_denoiser(str(folder), device, dtype, overlay)
     raise VermouthError(
         f"model={str(folder)!r}: {CARD} is missing{pickles_note(folder)}, as are model_index.json and "
         "open_clip_config.json. Give a folder with a trained model, a denoiser in diffusers format or a CLIP."
     )
 
 # %% ../nbs/library/11_model.ipynb #1ef9f8f1
-def _open_denoiser(name: str, device: Any, dtype: Any) -> PyramidEmbedder:
+def _open_denoiser(name: str, device: Any, dtype: Any, overlay: Mapping[str, Any]) -> PyramidEmbedder:
     "A training-free model of a denoiser."
-    backbone = load_backbone(name, device, dtype)
-    clip = _clip_here(name, backbone.unet.config.cross_attention_dim, backbone.device)
+    backbone = load_backbone(name, device, dtype, **overlay)
+    clip = _clip_here(name, backbone.family.text_width, backbone.device)
     return PyramidEmbedder(backbone, clip)
 
 # %% ../nbs/library/11_model.ipynb #6a2a4370
-def _open_hub(name: str, device: Any, dtype: Any, allow: Sequence[str]) -> Any:
+def _open_hub(name: str, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model under a hub id: a trained one if it has a card, else a denoiser."
     try:
         hf_hub_download(name, CARD)
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError):  # no card there, no such repository, or no network
-        return _open_denoiser(name, device, dtype)
-    return _open_folder(folder, device, dtype, allow)
+        return _open_denoiser(name, device, dtype, overlay)
+    return _open_folder(folder, device, dtype, allow, overlay)
 
 # %% ../nbs/library/11_model.ipynb #3a108c6a
-def _open(name: str, device: Any, dtype: Any, allow: Sequence[str]) -> Any:
-    "The model of a name other than auto."
+def _open(name: str, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
+    "The model of a name other than auto. Toybox's head is of no use over another denoiser."
     if name == "toybox":
-        return Vermouth.load("toybox", device, dtype)
+        return _open_denoiser(name, device, dtype, overlay) if overlay else Vermouth.load("toybox", device, dtype)
     if Path(name).is_dir():
-        return _open_folder(Path(name), device, dtype, allow)
+        return _open_folder(Path(name), device, dtype, allow, overlay)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return _open_hub(name, device, dtype, allow)
+        return _open_hub(name, device, dtype, allow, overlay)
     raise VermouthError(
         f"model={name!r}: no such folder, and no name that is known. Give auto, toybox, efficientnet_lite0 or another "
         "name of timm's, clip:NAME, a folder, or a hub id such as owner/name."
     )
+
+# %% ../nbs/library/11_model.ipynb #a880f953
+_OVER = ("unet", "lora", "variant")  # what `open_model` hands to `load_backbone`
 
 # %% ../nbs/library/11_model.ipynb #270a2317
 def open_model(
@@ -734,10 +785,12 @@ def open_model(
     dtype: str | torch.dtype = "float32",      # of a frozen backbone
     words: bool = False,                       # for "auto": only models that know words
     allow: Sequence[str] = (),                 # "folder", "hub": parts that only a trained model's card names
+    **overlay: Any,                            # unet, lora, variant of `load_backbone`, over a denoiser's weights
 ) -> Vermouth | Embedder:                      # with `why`, how "auto" has chosen
     "A model by one name. Raises VermouthError for an unknown one, and where weights are missing or do not fit."
-    model = open_embedder(name, device, words, allow)
+    over = {choose("option", key, _OVER): value for key, value in overlay.items() if value}
+    model = open_embedder(name, device, words, allow, over)
     if model is None:  # it has a denoiser
         name, why = find_model(words) if str(name) == "auto" else (str(name), "")
-        model = labelled(_open(name, device, dtype, allow), name, why)
+        model = labelled(_open(name, device, dtype, allow, over), name, why, over)
     return model

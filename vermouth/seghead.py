@@ -23,7 +23,8 @@ from .uhead import GROUPS, check_maps, class_logits, conv_block
 class DecoderDetails:
     "What a protocol fixes of the segmentation head."
 
-    fused: int | None    # channels that a level is mixed to; None: the decoder's own width
+    # channels that a level is mixed to: one number, or one a level, lowest first; None: the decoder's own width
+    fused: int | tuple[int, ...] | None
     batch_norm: bool     # of the 3×3 blocks; else group normalisation
     enlarge: int         # the result's side, as a multiple of the finest map's
     dropout: float       # share of channels dropped before the last convolution
@@ -33,6 +34,7 @@ class DecoderDetails:
 DECODERS = {
     "ours": DecoderDetails(None, batch_norm=False, enlarge=2, dropout=0.0, kaiming=False),
     "paper": DecoderDetails(256, batch_norm=True, enlarge=1, dropout=0.1, kaiming=True),
+    "segmentor": DecoderDetails((2048, 1024, 512, 256), batch_norm=True, enlarge=1, dropout=0.1, kaiming=True),
 }
 
 # %% ../nbs/library/06_seghead.ipynb #634ef070
@@ -55,9 +57,10 @@ class UpsampleBlock(nn.Module):
         width: int,                # of the decoder
         steps: int,                # levels above this one
         details: DecoderDetails = DECODERS["ours"],
+        fused: int | None = None,  # channels that the level is mixed to; None: the decoder's
     ):
         super().__init__()
-        fused, norm = details.fused or width, details.batch_norm
+        fused, norm = fused or width, details.batch_norm
         self.enter = conv_block(channels, fused)
         if details.kaiming:
             nn.init.kaiming_normal_(cast(Tensor, self.enter[0].weight))
@@ -77,6 +80,18 @@ class UpsampleBlock(nn.Module):
                 x = resize_maps(x, sizes[i])
         return x
 
+# %% ../nbs/library/06_seghead.ipynb #06cd4428
+def level_channels(
+    details: DecoderDetails,
+    levels: int,            # how many maps there are
+) -> list[int | None]:      # lowest resolution first
+    "Return the channels that each level is mixed to. Raises VermouthError for more levels than it has numbers."
+    if not isinstance(details.fused, tuple):
+        return [details.fused] * levels
+    if levels > len(details.fused):
+        raise VermouthError(f"in_dims: {levels} maps, this decoder takes {len(details.fused)} at most.")
+    return list(details.fused[:levels])
+
 # %% ../nbs/library/06_seghead.ipynb #e3d84e6d
 class DenseHead(nn.Module):
     "Fuse the maps of an image into one vector per position, on the grid of the finest map or one twice as fine."
@@ -88,11 +103,13 @@ class DenseHead(nn.Module):
         width: int = 128,        # of the decoder, a multiple of 32; small backbones want less
         protocol: str = "ours",  # "paper" for the details of the released decoder
         dropout: float | None = None,  # share of channels dropped in training; None: the protocol's
+        decoder: str | None = None,    # one of `DECODERS`; None: the protocol's
     ):
         super().__init__()
         self.in_dims, self.embed_dim, self.width = tuple(in_dims), embed_dim, width
         self.protocol = choose("protocol", protocol, PROTOCOLS)
-        self.details = DECODERS[protocol]
+        self.decoder = choose("decoder", decoder or protocol, DECODERS)
+        self.details = DECODERS[self.decoder]
         self.dropout = self.details.dropout if dropout is None else dropout
         if not self.in_dims or min(self.in_dims) < 1:
             raise VermouthError(
@@ -106,15 +123,17 @@ class DenseHead(nn.Module):
             raise VermouthError(f"embed_dim={embed_dim}: too small. Pass 1 or more.")
         if not 0 <= self.dropout < 1:
             raise VermouthError(f"dropout={dropout}: a share of the channels. Pass 0 or more, less than 1.")
-        steps = range(len(self.in_dims))[::-1]
-        self.levels = nn.ModuleList(UpsampleBlock(c, width, n, self.details) for c, n in zip(self.in_dims, steps))
+        fused, steps = level_channels(self.details, len(self.in_dims)), range(len(self.in_dims))[::-1]
+        blocks = zip(self.in_dims, steps, fused, strict=True)
+        self.levels = nn.ModuleList(UpsampleBlock(c, width, n, self.details, f) for c, n, f in blocks)
         self.out = nn.Conv2d(width, embed_dim, 1)
 
 # %% ../nbs/library/06_seghead.ipynb #92ba2e7b
 @patch(as_prop=True)
 def config(self: DenseHead) -> dict[str, Any]:
     "What the head is built with, beside the channels and the length of its vectors."
-    return {"width": self.width, "protocol": self.protocol, "dropout": self.dropout}
+    own = {} if self.decoder == self.protocol else {"decoder": self.decoder}
+    return {"width": self.width, "protocol": self.protocol, "dropout": self.dropout} | own
 
 # %% ../nbs/library/06_seghead.ipynb #15f6bec2
 @patch

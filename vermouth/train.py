@@ -7,6 +7,7 @@ __all__ = ['TensorFeatures', 'mixed_batches', 'paired_batches', 'stratified_spli
 
 # %% ../nbs/library/13_train.ipynb #c2b17fdc
 import contextlib
+import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import islice
@@ -16,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.tracker import TrackerCallback
@@ -27,8 +29,9 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .core import VermouthError, choose, seed_everything, write_atomic
-from .uhead import class_logits
+from .core import VermouthError, choose, seed_everything, spent_on, write_atomic
+from .model import Vermouth
+from .uhead import class_logits, pooled_maps
 
 # %% ../nbs/library/13_train.ipynb #8da02645
 @runtime_checkable
@@ -41,6 +44,18 @@ class Features(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> list[Tensor]: ...  # (B,C,h,w) per level
+
+# %% ../nbs/library/13_train.ipynb #391f0977
+@runtime_checkable
+class Targets(Protocol):
+    "Labels or masks of N images by number: a tensor, or masks that are made when a batch asks for them."
+
+    @property
+    def ndim(self) -> int: ...  # 1 for labels, 3 for masks
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: list[int]) -> Tensor: ...
 
 # %% ../nbs/library/13_train.ipynb #424ed8c9
 class TensorFeatures:
@@ -133,7 +148,7 @@ class Batches(DataLoader):
     def __init__(
         self,
         features: Features,
-        targets: Tensor,     # (N,) labels or (N,H,W) masks
+        targets: Targets,    # (N,) labels or (N,H,W) masks
         index: np.ndarray,   # which of the N images are loaded
         groups: np.ndarray,  # (N,) group of each image
         sizes: Sequence[int] | None = None,  # images of each group in a step; None mixes in proportion
@@ -188,7 +203,7 @@ def stratified_split(
 # %% ../nbs/library/13_train.ipynb #de6e9924
 def _loaders(
     features: Features,
-    targets: Tensor,            # (N,) labels or (N,H,W) masks
+    targets: Targets,           # (N,) labels or (N,H,W) masks
     groups: np.ndarray | None,  # (N,) group of each image
     batch_size: int,
     held: float,                # share held back
@@ -197,7 +212,7 @@ def _loaders(
     sizes: Sequence[int] | None = None,  # images of each group in a step
 ) -> DataLoaders:               # training, held back; the second may be empty
     groups = np.zeros(len(targets), int) if groups is None else np.asarray(groups)
-    labels = targets.tolist() if targets.ndim == 1 else [0] * len(targets)
+    labels = targets.tolist() if isinstance(targets, Tensor) and targets.ndim == 1 else [0] * len(targets)
     keep, back = stratified_split(list(zip(labels, groups.tolist(), strict=True)), held, seed)
     train = Batches(features, targets, keep, groups, sizes, bs=min(batch_size, len(keep)), shuffle=True)
     train.rng.seed(seed)
@@ -243,10 +258,11 @@ class NameClassifier(nn.Module):
         return class_logits(self.head(list(maps)), self.classes, self.scale, self.temperature)
 
 # %% ../nbs/library/13_train.ipynb #c7f08201
+@spent_on("training")
 def train_head(
     head: nn.Module,                   # list of maps (B,C,h,w) → (B,D), or (B,D,h',w') for masks; trained in place
     features: Sequence[Tensor] | Features,  # (N,C,h,w) per level, or a store of N items
-    targets: Sequence[int] | Tensor,   # N labels in 0 … K-1, or (N,H,W) masks of them
+    targets: Sequence[int] | Tensor | Targets,  # N labels in 0 … K-1, or (N,H,W) masks of them
     classes: Tensor,                   # (K,D) unit vectors of the class names
     groups: np.ndarray | None = None,  # (N,) group of each image, drawn evenly into every batch; None for one group
     epochs: int = 1,
@@ -265,13 +281,12 @@ def train_head(
     sizes: Sequence[int] | None = None,  # images of each group in a step, as `paired_batches`; None: in proportion
 ) -> pd.DataFrame:                     # one row per epoch: train_loss, valid_loss, for labels accuracy
     "Train a head on kept features and keep its best epoch. Raises VermouthError for targets or settings that are off."
-    features, targets = in_memory(features), torch.as_tensor(targets)
+    features, targets = in_memory(features), targets if isinstance(targets, Targets) else torch.as_tensor(targets)
     _check_run(len(features), len(targets), epochs, held)
     seed_everything(seed)
     dls = _loaders(features, targets, groups, batch_size, held, seed, classes.device, sizes)
     learn = Learner(
-        dls,
-        NameClassifier(head, classes, scale, temperature).to(classes.device),
+        dls, NameClassifier(head, classes, scale, temperature).to(classes.device),
         loss_func=loss or nn.CrossEntropyLoss(),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
         metrics=accuracy if targets.ndim == 1 else None,
@@ -313,3 +328,140 @@ def _history(
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(log, table.to_csv(index=False).encode())
     return table
+
+# %% ../nbs/library/13_train.ipynb #0542eb65
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # penalties to choose from, as shares of the mean squared length
+FEW = 0.1  # the penalty where a class has one image, and leaving that out leaves none
+
+# %% ../nbs/library/13_train.ipynb #b5ba2011
+class Ridge:
+    "Ridge regression on standardised features, with an intercept, for any penalty."
+
+    def __init__(
+        self,
+        x: Tensor,  # (N,C) features
+        y: Tensor,  # (N,D) targets
+    ):  # strengths are of `STRENGTHS`
+        x, self.y = x.double().cpu(), y.double().cpu()
+        self.mean, self.std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+        self.u, self.s, self.vt = torch.linalg.svd((x - self.mean) / self.std, full_matrices=False)
+        self.scale = self.s.square().sum().item() / len(x)
+
+    def shrink(self, strength: float) -> Tensor:  # (R,) in [0,1], of each direction
+        "Return what the penalty leaves of each direction."
+        return self.s.square() / (self.s.square() + strength * self.scale)
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor]:  # (D,C) and (D,)
+        "Return weights and biases on the features as they came."
+        centre = self.y.mean(0)
+        inner = (self.shrink(strength) / self.s.clamp(min=1e-12))[:, None] * (self.u.T @ (self.y - centre))
+        weight = (self.vt.T @ inner).T / self.std
+        return weight, centre - weight @ self.mean
+
+    def left_out(self, strength: float, folds: np.ndarray) -> Tensor:  # (N,) folds → (N,D)
+        "Return what would be predicted for each row had its fold not been there, but for the features' mean and scale."
+        shrunk, centre = self.u * self.shrink(strength), self.y.mean(0)
+        residual = self.y - centre - shrunk @ (self.u.T @ (self.y - centre))
+        predicted = torch.empty_like(self.y)
+        for fold in np.unique(folds):
+            rows = np.flatnonzero(folds == fold)
+            hat = shrunk[rows] @ self.u[rows].T + 1 / len(self.y)
+            predicted[rows] = self.y[rows] - torch.linalg.solve(torch.eye(len(rows)) - hat, residual[rows])
+        return predicted
+
+# %% ../nbs/library/13_train.ipynb #b093dca1
+def choose_penalty(
+    fit: Ridge,
+    labels: Sequence[int],  # N classes
+    classes: Tensor,        # (K,D) unit vectors of the class names
+    folds: np.ndarray | None = None,  # (N,) left out together; None: each image, if every class has another
+) -> float:                 # one of `STRENGTHS`
+    "Return the penalty that predicts left-out images best, by cross-entropy over the names."
+    y, names = torch.as_tensor(labels), classes.double().cpu()
+    if folds is None and y.bincount(minlength=len(names)).min() < 2:
+        return FEW
+    each = np.arange(len(y)) if folds is None else folds
+    losses = {s: F.cross_entropy(class_logits(fit.left_out(s, each), names), y).item() for s in STRENGTHS}
+    return min(losses, key=losses.__getitem__)
+
+# %% ../nbs/library/13_train.ipynb #5e4be26e
+def pool_features(
+    features: Features,
+    rows: Sequence[int] | None = None,  # which images; None for all
+    levels: slice = slice(None),        # which maps
+    chunk: int = 256,                   # images at a time
+) -> Tensor:                            # (N,C) float32
+    "Average each level over positions, to length 1, and concatenate the levels."
+    rows = range(len(features)) if rows is None else rows
+    return torch.cat([pooled_maps(features.batch(rows[i : i + chunk])[levels]) for i in range(0, len(rows), chunk)])
+
+# %% ../nbs/library/13_train.ipynb #45afabc7
+def start_head(
+    model: Vermouth,        # started in place
+    features: Features,     # maps of N images, as `model` takes them
+    labels: Sequence[int],  # N classes
+    classes: Tensor,        # (K,D) unit vectors of the class names
+    folds: np.ndarray | None = None,    # as for `choose_penalty`
+    rows: Sequence[int] | None = None,  # which images; None for all
+) -> float:                 # the penalty
+    "Give a model the closed-form solution: its linear map solves the ridge regression, and its head gives zero."
+    rows = range(len(features)) if rows is None else rows
+    y = torch.as_tensor(labels)[list(rows)]
+    fit = Ridge(pool_features(features, rows), classes.cpu()[y])
+    strength, skip = choose_penalty(fit, y.tolist(), classes, folds), model.add_skip()
+    with torch.no_grad():
+        for parameter, value in zip((skip.weight, skip.bias), fit.solve(strength), strict=True):
+            parameter.copy_(value)
+        for parameter in model.uhead.pool.out.parameters():
+            parameter.zero_()
+    return strength
+
+# %% ../nbs/library/13_train.ipynb #c13fc911
+RATES, EPOCHS = (1e-4, 1e-3), 5  # to choose from, where images are held back
+
+# %% ../nbs/library/13_train.ipynb #0b290133
+def _reset(model: Vermouth, state: dict[str, Tensor]) -> None:
+    model.skip = None
+    model.load_state_dict(state)
+
+# %% ../nbs/library/13_train.ipynb #d86d6259
+def _held_losses(
+    model: Vermouth, features: Features, labels: Sequence[int], classes: Tensor, held: float, **options: Any
+) -> dict[tuple[float, int], float]:  # (learning rate, epochs) → loss on held-back images; (0, 0) for the start
+    seed, logits = options.get("seed", 0), {k: options[k] for k in ("scale", "temperature") if k in options}
+    keep, back = stratified_split([(label, 0) for label in labels], held, seed)  # as `train_head` splits
+    y = torch.as_tensor(labels)[back].to(classes.device)
+    fresh = copy.deepcopy(model.state_dict())
+    losses: dict[tuple[float, int], float] = {}
+    for lr in RATES:
+        _reset(model, fresh)
+        start_head(model, features, labels, classes, rows=keep.tolist())
+        with torch.inference_mode():
+            maps = [m.to(classes.device) for m in features.batch(back.tolist())]
+            losses[0.0, 0] = F.cross_entropy(class_logits(model(maps), classes, **logits), y).item()
+        table = train_head(model, features, labels, classes, epochs=EPOCHS, lr=lr, held=held, quiet=True, **options)
+        losses |= {(lr, i + 1): loss for i, loss in enumerate(table.valid_loss.tolist())}
+    _reset(model, fresh)
+    return losses
+
+# %% ../nbs/library/13_train.ipynb #d439655d
+def train_from_start(
+    model: Vermouth,        # trained in place
+    features: Sequence[Tensor] | Features,  # maps of N images, as `model` takes them
+    labels: Sequence[int],  # N classes
+    classes: Tensor,        # (K,D) unit vectors of the class names
+    held: float = 0.2,      # share of each class held back for choosing; 0 for the start alone
+    fewest: int = 4,        # images that each class must have for some to be held back
+    **options: Any,         # of `train_head`, but epochs, lr and held
+) -> dict[str, float]:      # what was chosen: "penalty", "lr", "epochs"
+    "Start a model from the closed-form solution, and train it from there as far as held-back images gain by it."
+    features, labels = in_memory(features), [int(label) for label in labels]
+    counts = np.bincount(labels, minlength=len(classes))
+    lr, epochs = 0.0, 0
+    if held and counts.min() >= fewest:
+        losses = _held_losses(model, features, labels, classes, held, **options)
+        lr, epochs = min(losses, key=losses.__getitem__)
+    penalty = start_head(model, features, labels, classes)
+    if epochs:
+        train_head(model, features, labels, classes, epochs=epochs, lr=lr, held=0, quiet=True, **options)
+    return {"penalty": penalty, "lr": lr, "epochs": epochs}

@@ -23,7 +23,7 @@ class Arch:
 
     widths: tuple[int, ...]  # channels after each level, lowest resolution first
     stages: int = 1          # blocks per level; the second one is residual
-    join: str = "concat"     # how levels meet: "concat" in a cascade, "mean" all at once, "lowest" not at all
+    join: str = "concat"     # how levels meet: "concat" in a cascade, "mean" or "mix" all at once, "lowest" not at all
 
 # %% ../nbs/library/05_uhead.ipynb #e5e08f45
 ARCHS = {
@@ -32,6 +32,7 @@ ARCHS = {
     "small": Arch((1024, 768, 512, 256), stages=2),
     "add": Arch((512, 512, 512, 512), join="mean"),
     "none": Arch((1024,), join="lowest"),
+    "mix": Arch((256,), join="mix"),
 }
 
 # %% ../nbs/library/05_uhead.ipynb #a9b4bc9b
@@ -67,6 +68,8 @@ def arch_widths(
     widths = ARCHS[choose("arch", arch, ARCHS)].widths
     if ARCHS[arch].join == "lowest":
         levels = 1
+    if ARCHS[arch].join == "mix":
+        widths = widths * levels
     if not 1 <= levels <= len(widths):
         raise VermouthError(
             f"levels={levels}: {arch} has widths for 1 to {len(widths)} maps. Pass widths= of your own."
@@ -187,7 +190,7 @@ def _widths(
             f"widths={widths}: {arch} needs {want}, each a multiple of {GROUPS}. "
             f"Use arch_widths({arch!r}, {want}, scale)."
         )
-    if join == "mean" and len(set(widths)) > 1:
+    if join in ("mean", "mix") and len(set(widths)) > 1:
         raise VermouthError(f"widths={widths}: maps that are averaged need one width. Repeat one number.")
     return widths
 
@@ -241,6 +244,8 @@ class UHead(nn.Module):
             for before, level in zip(self.order, self.order[1:]):
                 entering[level] += self.widths[before]
         self.levels = _levels(entering, self.widths, ARCHS[arch], DETAILS[protocol])
+        if self.join == "mix":
+            self.mixing = nn.Parameter(torch.zeros(len(self.widths)))  # whose softmax weighs the maps
         self.pool = AttentionPool(self.widths[self.order[-1]], embed_dim, out_res, DETAILS[protocol].heads)
 
 # %% ../nbs/library/05_uhead.ipynb #d99758f1
@@ -253,14 +258,32 @@ def forward(
     check_maps(features, self.in_dims)
     side, details = (self.out_res, self.out_res), DETAILS[self.protocol]
     maps = [f.to(self.pool.position.dtype) for f in features[: len(self.widths)]]
-    if self.join == "mean":
-        levels = [resize_maps(level(x), side, pool=details.pool) for level, x in zip(self.levels, maps)]
-        return self.pool(torch.stack(levels).mean(0))
+    if self.join in ("mean", "mix"):
+        levels = torch.stack([resize_maps(level(x), side, pool=details.pool) for level, x in zip(self.levels, maps)])
+        mixed = levels.mean(0) if self.join == "mean" else torch.einsum("l,lb...->b...", self.mixing.softmax(0), levels)
+        return self.pool(mixed)
     first, *others = self.order
     x = self.levels[first](maps[first])
     for i in others:
         x = self.levels[i](torch.cat([maps[i], resize_maps(x, maps[i].shape[2:], pool=True)], dim=1))
     return self.pool(F.adaptive_avg_pool2d(x, side) if details.adaptive else resize_maps(x, side, pool=True))
+
+# %% ../nbs/library/05_uhead.ipynb #38551f05
+def pooled_maps(
+    maps: Sequence[Tensor],  # (B,C,h,w) each
+) -> Tensor:                 # (B, sum of C) float32
+    "Average each map over positions, to length 1, and concatenate."
+    return torch.cat([F.normalize(m.float().mean((2, 3)), dim=-1) for m in maps], 1)
+
+# %% ../nbs/library/05_uhead.ipynb #29df7fca
+class Skip(nn.Linear):
+    "A linear map of the pooled levels."
+
+    def forward(  # type: ignore[override]  # maps instead of their pooled levels
+        self,
+        maps: Sequence[Tensor],  # (B,C,h,w) each
+    ) -> Tensor:                 # (B,D), not normalised
+        return super().forward(pooled_maps(maps).to(self.weight))
 
 # %% ../nbs/library/05_uhead.ipynb #ae29fff3
 def class_logits(

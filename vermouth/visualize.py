@@ -9,7 +9,7 @@ __all__ = ['grid', 'principal_colours', 'feature_colours', 'features_over_time',
 # %% ../nbs/library/15_visualize.ipynb #53ceb33b
 import colorsys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .core import VermouthError, lock_of, printable
 from .hooks import STAGE_SETS
-from .images import ImageLike, Images, figure_image, image_tensor
+from .images import ImageLike, Images, ValueRange, figure_image, image_tensor
 from .text import class_words
 
 # %% ../nbs/library/15_visualize.ipynb #8b0b5666
@@ -49,13 +49,13 @@ def grid(
         for ax, picture in zip(row, pictures):
             if isinstance(picture, tuple):
                 picture, title = picture
-                ax.set_title(printable(title, keep="\n"), fontsize=8, pad=3, parse_math=False)
+                ax.set_title(printable(title, keep="\n"), fontsize=9, pad=3, parse_math=False)
             if picture is not None:
                 ax.imshow(picture, cmap="cividis", interpolation="nearest")
     for ax, title in zip(axs[0], top):
-        ax.set_title(printable(title, keep="\n"), fontsize=8, pad=3, parse_math=False)
+        ax.set_title(printable(title, keep="\n"), fontsize=9, pad=3, parse_math=False)
     for ax, label in zip(axs[:, 0], left):
-        ax.set_ylabel(printable(label, keep="\n"), fontsize=8, parse_math=False)
+        ax.set_ylabel(printable(label, keep="\n"), fontsize=9, parse_math=False)
     return fig
 
 # %% ../nbs/library/15_visualize.ipynb #68a02017
@@ -89,10 +89,13 @@ def features_over_time(
     timesteps: Sequence[int],  # one column each
     level: int = 2,            # of the pyramid of middle and up blocks: 0 = 1/64 … 3 = 1/8
     size: int | None = None,   # resize to this side, in pixels
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> list[list[np.ndarray]]:   # N rows of pictures (h,w,3)
     "One level of the pyramid as colours, from clean to noisy."
     columns = [
-        feature_colours(backbone.features(images, prompts, (t,), ("mid", "up"), (), size=size)[level])
+        feature_colours(
+            backbone.features(images, prompts, (t,), ("mid", "up"), (), size=size, value_range=value_range)[level]
+        )
         for t in timesteps
     ]
     return [list(row) for row in zip(*columns)]
@@ -104,11 +107,12 @@ def features_over_blocks(
     prompts: Sequence[str],   # N captions
     timestep: int = 200,
     size: int | None = None,  # resize to this side, in pixels
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> dict[str, np.ndarray]:   # block → (N,h,w,3), in the order in which they run
     "The output of every block of the U-Net as colours."
     out: dict[str, np.ndarray] = {}
     for stage in ("down", "mid", "up"):
-        maps = backbone.features(images, prompts, (timestep,), (stage,), (), size=size)
+        maps = backbone.features(images, prompts, (timestep,), (stage,), (), size=size, value_range=value_range)
         out |= {block: feature_colours(m) for block, m in zip(STAGE_SETS[(stage,)], maps)}
     return {block: out[block] for block in sorted(out, key=lambda b: (("d", "m", "u").index(b[0]), b))}
 
@@ -118,13 +122,19 @@ def _caption_words(
     prompt: str,                   # a caption
 ) -> list[tuple[str, list[int]]]:  # each word, and the channels of its tokens in an attention map
     "The words of a caption, without start, end and padding, and without words that were cut off."
-    with lock_of(backbone.tokenizer):
-        encoding = backbone.tokenizer(prompt, truncation=True, max_length=backbone.tokens)
-    channels: dict[int, list[int]] = {}
-    for channel, word in enumerate(encoding.word_ids()):
-        if word is not None:
-            channels.setdefault(word, []).append(channel)
-    return [(prompt[slice(*encoding.word_to_chars(word))], tokens) for word, tokens in channels.items()]
+    family = backbone.family
+    prompt, first = family.wording(prompt), 0
+    words: dict[tuple[int, int], list[int]] = {}  # by their letters: two tokenizers may split in other ways
+    for part, length in family.readers():
+        with lock_of(tokenizer := family.parts[part]):
+            encoding = tokenizer(prompt, truncation=True, max_length=length)
+        for i, word in enumerate(encoding.word_ids()):
+            if word is not None:
+                start = encoding.token_to_chars(i).start
+                known = next((letters for letters in words if letters[0] <= start < letters[1]), None)
+                words.setdefault(known or tuple(encoding.word_to_chars(word)), []).append(first + i)
+        first += length
+    return [(prompt[slice(*letters)], tokens) for letters, tokens in words.items()]
 
 # %% ../nbs/library/15_visualize.ipynb #5dbe6f38
 def word_maps(
@@ -134,13 +144,17 @@ def word_maps(
     timesteps: Sequence[int] = (200,),  # several are averaged
     level: int = 2,                     # 1 = 1/32, 2 = 1/16, 3 = 1/8 of the image
     size: int | None = None,            # resize to this side, in pixels
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> list[tuple[str, Tensor]]:          # each word and its map (h,w), the sum over its tokens
-    "The cross-attention of each word of the caption, averaged over heads and layers. Raises VermouthError for level 0."
-    if level not in (1, 2, 3):
-        raise VermouthError(f"level={level}: no cross-attention there. Choose 1, 2 or 3.")
-    kind = "up_cross_fine" if level == 3 else "up_cross"
-    maps = backbone.features(image, prompt, timesteps, ("mid", "up"), (kind,), trajectory="independent", size=size)
-    attention = maps[level][0, -backbone.tokens :].float().cpu()
+    "The cross-attention of each word, averaged over heads and layers. Raises VermouthError for a level that has none."
+    table, selectors = backbone.family.table, ("up_cross", "up_cross_fine")
+    here = {3 - table.scales[i]: (i, name) for name in selectors for i in table.attention.get(name, ())}
+    if level not in here:
+        raise VermouthError(f"level={level}: no cross-attention there. Choose {' or '.join(map(str, sorted(here)))}.")
+    index, kind = here[level]
+    options = {"trajectory": "independent", "size": size, "value_range": value_range}
+    maps = backbone.features(image, prompt, timesteps, ("mid", "up"), (kind,), **options)
+    attention = maps[index][0, -backbone.tokens :].float().cpu()
     return [(word, attention[tokens].sum(0)) for word, tokens in _caption_words(backbone, prompt)]
 
 # %% ../nbs/library/15_visualize.ipynb #80f60340
@@ -148,9 +162,10 @@ def highlight(
     image: ImageLike,         # one image, as for `images.image_tensor`
     heat: Tensor,             # (h,w), any range
     size: int | None = None,  # side of the picture; None = the image's own
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> np.ndarray:              # (H,W,3) in [0,1]
     "The image, dark where the map is low."
-    pixels = image_tensor(image, size) / 2 + 0.5
+    pixels = image_tensor(image, size, value_range) / 2 + 0.5
     low, high = heat.min(), heat.max()
     light = (heat - low) / (high - low).clamp(min=1e-8)
     light = F.interpolate(light[None, None].float(), pixels.shape[-2:], mode="bilinear")[0]
@@ -191,9 +206,10 @@ def tint(
     labels: np.ndarray,   # (H,W) indices; a pixel whose label has no colour stays as it is
     colours: np.ndarray,  # (K,3) uint8
     alpha: float = 0.55,  # strength of the colours, 0 … 1
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> np.ndarray:          # (H,W,3) uint8
     "An image in the colours of its labels. Raises VermouthError for labels of another size."
-    pixels = ((image_tensor(image) + 1) * 127.5).permute(1, 2, 0).numpy()
+    pixels = ((image_tensor(image, None, value_range) + 1) * 127.5).permute(1, 2, 0).numpy()
     if pixels.shape[:2] != labels.shape:
         raise VermouthError(
             f"labels: shape {labels.shape} for an image of {pixels.shape[0]}×{pixels.shape[1]} pixels. "
@@ -203,6 +219,24 @@ def tint(
     pixels[known] = (1 - alpha) * pixels[known] + alpha * colours[labels[known]]
     return pixels.round().astype(np.uint8)
 
+# %% ../nbs/library/15_visualize.ipynb #74b1793d
+def class_legend(
+    owner: Figure | Axes,                  # what gets the legend
+    labels: np.ndarray,                    # indices, of any shape
+    names: Sequence[str | Sequence[str]],  # classes, by index
+    colours: np.ndarray,                   # (K,3) uint8
+    entries: int = 16,                     # at most so many, the largest areas first
+    **place: Any,                          # `loc`, `bbox_to_anchor`, `ncols`, as for a legend of Matplotlib
+) -> None:
+    "Draw a legend of the classes that occur."
+    words = class_words(names)
+    found, area = np.unique(labels[labels < len(words)], return_counts=True)
+    order = found[np.argsort(-area, kind="stable")][:entries]
+    handles = [Patch(color=colours[k] / 255, label=printable(words[k][0])) for k in order]
+    legend = owner.legend(handles=handles, fontsize=9, frameon=False, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a class may be called $x$
+
 # %% ../nbs/library/15_visualize.ipynb #2332c586
 def overlay(
     image: ImageLike,                      # one image
@@ -210,20 +244,70 @@ def overlay(
     names: Sequence[str | Sequence[str]],  # as given to it
     alpha: float = 0.55,                   # strength of the colours, 0 … 1
     entries: int = 16,                     # of the legend, the largest areas first
+    value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> Image.Image:                          # a picture, which Jupyter shows
     "The image under its labels' colours, with a legend of those that occur."
-    words, colours = class_words(names), palette(len(names))
-    found, area = np.unique(labels[labels < len(words)], return_counts=True)
-    order = found[np.argsort(-area, kind="stable")][:entries]
+    colours = palette(len(names))
     fig = Figure(figsize=(6.4, 3.6), layout="constrained")
     ax = fig.subplots()
-    ax.imshow(tint(image, labels, colours, alpha), interpolation="nearest")
+    ax.imshow(tint(image, labels, colours, alpha, value_range), interpolation="nearest")
     ax.axis("off")
-    handles, labels_shown = [Patch(color=colours[k] / 255) for k in order], [printable(words[k][0]) for k in order]
-    legend = ax.legend(handles, labels_shown, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a class may be called $x$
+    class_legend(ax, labels, names, colours, entries, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure_image(fig)
+
+# %% ../nbs/library/15_visualize.ipynb #1a6d6418
+def spread(
+    places: np.ndarray,  # (N,) in rising order
+    gap: float,          # the least distance
+) -> np.ndarray:         # (N,) in the same order
+    "Positions at least `gap` apart: the mean of pushing up and of pushing down."
+    steps = gap * np.arange(len(places))
+    up = np.maximum.accumulate(places - steps) + steps
+    down = np.minimum.accumulate((places - steps)[::-1])[::-1] + steps
+    return (up + down) / 2
+
+# %% ../nbs/library/15_visualize.ipynb #9ec48fe8
+def _gap(ax: Axes, points: float) -> float:
+    "So many points of type as a share of the height of axes."
+    figure = cast(Figure, ax.figure)
+    figure.draw_without_rendering()  # the layout is made when a figure is drawn
+    return points * figure.dpi / 72 / ax.get_window_extent().height
+
+# %% ../nbs/library/15_visualize.ipynb #995f7246
+def label_points(
+    ax: Axes,
+    points: Sequence[tuple[float, float]],  # in the units of the axes
+    names: Sequence[str],
+    colours: Sequence[Any],                 # of the lines from names to points
+    size: float = 9,                        # of the names, in points of type
+) -> None:
+    "Name points at the right of the axes, without overlap."
+    gap = _gap(ax, 1.25 * size)
+    places = (ax.transData - ax.transAxes).transform(points)
+    order = places[:, 1].argsort(kind="stable")
+    frame = "axes fraction"
+    text: dict[str, Any] = {"xycoords": frame, "textcoords": frame, "va": "center", "fontsize": size}
+    text |= {"annotation_clip": False, "parse_math": False}  # a method may be called $x$
+    for i, y in zip(order, spread(places[order, 1], gap)):
+        line = {"arrowstyle": "-", "color": colours[i], "lw": 0.8, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+        ax.annotate(printable(names[i]), places[i], (1.04, y), arrowprops=line, **text)
+
+# %% ../nbs/library/15_visualize.ipynb #7968cd47
+def label_ends(
+    ax: Axes,         # with lines that have labels
+    size: float = 9,  # of the names, in points of type
+) -> None:
+    "Name each line at its last point, in place of a legend."
+    ends, colours = [], []
+    handles, names = ax.get_legend_handles_labels()
+    lines: list[Any] = [h[0] if isinstance(h, tuple) else h for h in handles]  # error bars are tuples of lines
+    for line in lines:
+        known = np.column_stack(line.get_data()).astype(float)
+        known = known[np.isfinite(known).all(1)]
+        x, y = ax.transData.inverted().transform(line.get_transform().transform(known[-1]))
+        ends.append((float(x), float(y)))
+        colours.append(line.get_color())
+    label_points(ax, ends, names, colours, size)
 
 # %% ../nbs/library/15_visualize.ipynb #b1e4d803
 def tsne(
@@ -255,9 +339,14 @@ def scatter(
         style: dict[str, Any] = {"s": 14, "color": OKABE_ITO[i % len(OKABE_ITO)], "alpha": 0.75, "linewidths": 1}
         for kind, marker in zip(different, markers):
             ax.scatter(*points[(class_names == name) & (kind_names == kind)].T, marker=marker, **style)
-        box = {"color": "white", "alpha": 0.6, "pad": 0.5}
-        x, y = np.median(points[class_names == name], 0)
-        ax.text(x, y, printable(name), fontsize=8, ha="center", weight="bold", bbox=box, parse_math=False)
     ax.set(xticks=[], yticks=[])
+    middles = {name: np.median(points[class_names == name], 0) for name in set(names)}
+    order = sorted(middles, key=lambda name: (middles[name][1], name))
+    heights = spread(np.array([middles[name][1] for name in order]), _gap(ax, 12) * np.ptp(ax.get_ylim()))
+    for name, y in zip(order, heights):
+        colour = OKABE_ITO[sorted(middles).index(name) % len(OKABE_ITO)]
+        text: dict[str, Any] = {"fontsize": 9, "ha": "center", "va": "center", "parse_math": False}
+        box = {"facecolor": "white", "edgecolor": colour, "alpha": 0.8, "pad": 1}
+        ax.text(middles[name][0], y, printable(name), bbox=box, **text)
     legend = ", ".join(f"{marker} {kind}" for marker, kind in zip("●×▲", different))
     ax.set_title(printable(f"{title} ({legend})"), fontsize=9, parse_math=False)

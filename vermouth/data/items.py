@@ -323,14 +323,14 @@ def show_rows(
     import matplotlib.pyplot as plt  # slow to import, and needed for drawing only
 
     columns = min(columns, len(names))
-    fig, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns, 1.45 * len(rows)), squeeze=False)
+    fig, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)), squeeze=False)
     for row, items in zip(axes, rows, strict=True):
         for label, ax in enumerate(row):
             ax.axis("off")
             if item := next((i for i in items if i.label == label), None):
                 ax.imshow(item.image)
     for ax, name in zip(axes[0], names, strict=False):
-        ax.set_title(name[:16], fontsize=8, parse_math=False)  # a class may be called $x$
+        ax.set_title(name[:16], fontsize=9, parse_math=False)  # a class may be called $x$
     fig.tight_layout()
     plt.close(fig)  # the caller shows it, once
     return fig

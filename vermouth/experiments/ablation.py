@@ -57,7 +57,7 @@ class CachedBackbone(Backbone):
     @classmethod
     def of(cls, bb: Backbone) -> "CachedBackbone":
         "A backbone with a cache that shares all parts with another."
-        self = cls(bb.vae, bb.unet, bb.text_encoder, bb.tokenizer, bb.scheduler, bb.name)
+        self = cls(bb.family, bb.name)
         self.settings, self.cache, self.bytes = {}, {}, 0
         return self
 
@@ -319,7 +319,7 @@ def load_ablation(
     **options: Any,              # of the trials: shots, limit, epochs, batch_size, lr
 ) -> Ablation:
     "Load the frozen parts and the images once. Raises VermouthError for a data set that no task knows."
-    backbone = CachedBackbone.of(load_backbone(model, device, dtype))
+    backbone = CachedBackbone.of(load_backbone(model, device, dtype).optimize(batch=False))
     clip = load_clip(clip_for(model), backbone.device)
     prompter = _Prompter(load_captioner(captioner, backbone.device), clip)
     shared = {"t": settings.timesteps, "stages": settings.stages, "attention": settings.attention or "none"}

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from vermouth.core import choose
 from vermouth.experiments.tables import append_rows
+from vermouth.visualize import OKABE_ITO, label_ends
 
 # %% ../../nbs/experiments/01_report.ipynb #65264b88
 def _by_seed(
@@ -102,7 +103,7 @@ def _panels(
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:  # each task's axes and rows, values in percent
     "A figure with one panel per task."
     tasks = list(dict.fromkeys(rows.task))
-    fig = Figure(figsize=(1.2 + 3.2 * len(tasks), height), layout="constrained")
+    fig = Figure(figsize=(2.1 + 2.5 * len(tasks), height), layout="constrained")
     parts = [rows[rows.task == task].assign(percent=lambda r: 100 * r.value) for task in tasks]
     panels = list(zip(fig.subplots(1, len(tasks), sharey=sharey, squeeze=False)[0], parts, strict=True))
     for ax, part in panels:
@@ -155,6 +156,23 @@ def curves(
         sns.lineplot(part, x="at", y="percent", hue="method", ax=ax, **lines)
         ax.set(xlabel=xlabel, ylabel=f"{part.metric.iloc[0]}, %")
     _share_legend(fig, [ax for ax, _ in panels])
+    return fig
+
+# %% ../../nbs/experiments/01_report.ipynb #123fdb13
+def training_curves(
+    history: pd.DataFrame,   # columns epoch and method, and those that are drawn
+    titles: dict[str, str],  # column → title; one panel each
+) -> Figure:
+    "Draw numbers of each epoch, one line per method, named at the ends of the last panel's."
+    fig = Figure(figsize=(4.4 + 2.5 * len(titles), 2.7), layout="constrained")
+    methods = list(dict.fromkeys(history.method))
+    for ax, (column, title) in zip(fig.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        for name, colour in zip(methods, OKABE_ITO, strict=False):
+            part = history[history.method == name]
+            ax.plot(part.epoch, part[column], color=colour, label=name)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("epoch")
+    label_ends(ax)
     return fig
 
 # %% ../../nbs/experiments/01_report.ipynb #e6073f43

@@ -14,7 +14,11 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +35,7 @@ from vermouth.experiments.bench import (
     random_inputs,
     released_way,
 )
+from vermouth.visualize import label_points
 
 # %% ../../nbs/experiments/05_roofline.ipynb #aa098664
 class Operation(NamedTuple):
@@ -134,7 +139,7 @@ STEPS = (
     Step("freed memory kept", change=lambda bb: keep_freed_memory(), batched=False),
     Step("a batch"),
     # not diffusers' own `to`, which warns
-    Step("bfloat16", change=lambda bb: nn.Module.to(bb.unet, torch.bfloat16)),
+    Step("bfloat16", change=lambda bb: nn.Module.to(bb.family.denoiser, torch.bfloat16)),
     Step("channels last", change=lambda bb: bb.channels_last()),
     Step("fused projections", change=lambda bb: bb.fuse_projections()),
 )
@@ -210,3 +215,50 @@ def in_fresh_process(
     "What a function returns in a process of its own."
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
+
+# %% ../../nbs/experiments/05_roofline.ipynb #a74406b0
+_ROOF_COLOURS = {"float32": "#009E73", "bfloat16": "#0072B2"}
+
+# %% ../../nbs/experiments/05_roofline.ipynb #84cedece
+def _draw_steps(ax: Axes, table: pd.DataFrame) -> None:
+    "Bars of the measured seconds, marks at the predicted ones."
+    names = [f"{i} {row.step}, {row.weights}" for i, row in enumerate(table.itertuples(), 1)]
+    ax.barh(names, table.seconds, color=["#999999", *["#0072B2"] * (len(table) - 1)], label="measured")
+    ax.plot(table.predicted, names, "|", color="#D55E00", ms=14, mew=2, label="predicted")
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds per image")
+
+# %% ../../nbs/experiments/05_roofline.ipynb #d0e7efca
+def _draw_roofs(ax: Axes, table: pd.DataFrame, rates: dict[str, float], bandwidth: float) -> None:
+    "The roofline of each precision and the steps below it, named at the right."
+    intensity = np.logspace(0, 3.2, 50)
+    points, names, colours = [], [], []
+    for weights, colour in _ROOF_COLOURS.items():
+        roof = (intensity * bandwidth).clip(max=rates[weights]) / 1e9
+        ax.plot(intensity, roof, color=colour)
+        points.append((intensity[-1], roof[-1]))
+        names.append(f"roof, {weights}")
+        colours.append(colour)
+        for i, row in enumerate(table.itertuples(), 1):
+            if row.weights == weights:
+                points.append((row.operations / row.bytes, row.operations / row.seconds / 1e9))
+                names.append(str(i))
+                colours.append(colour)
+                ax.plot(*points[-1], "o", color=colour)
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="billion operations per second")
+    label_points(ax, points, names, colours)
+
+# %% ../../nbs/experiments/05_roofline.ipynb #55f6e98c
+def steps_panel(
+    table: pd.DataFrame,      # from `waterfall`
+    rates: dict[str, float],  # of float32 and bfloat16, operations per second
+    bandwidth: float,         # bytes per second
+) -> Figure:
+    "Draw measured and predicted seconds of each step, and the steps under the rooflines."
+    fig = Figure(figsize=(9.4, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    _draw_steps(left, table)
+    handles, names = left.get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    _draw_roofs(right, table, rates, bandwidth)
+    return fig

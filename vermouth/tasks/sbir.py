@@ -7,7 +7,11 @@ __all__ = ['train_sbir', 'evaluate_sbir', 'embed_split', 'run_sbir', 'train_bott
            'hits_panel']
 
 # %% ../../nbs/tasks/00_sbir.ipynb #5aab68de
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+# %% ../../nbs/tasks/00_sbir.ipynb #0e7f7f3d
+from ..backbone import Backbone
 from vermouth.baselines import (
     Bottleneck,
     Embed,
@@ -27,18 +33,30 @@ from vermouth.baselines import (
     embed_items,
     expert_embedder,
     image_embedder,
+    join_parts,
     kept_rows,
     maps_for,
+    prompt_embedder,
     prompts_for,
     read_items,
+    store_items,
+    store_name,
 )
 from ..core import PROTOCOLS, choose, seed_everything
+from ..data.extraction import item_ids
 from ..data.items import Item
 from ..data.sbir import SketchSplit
-from ..metrics import average_precision, ranked_hits, retrieval_metrics
+from vermouth.metrics import (
+    average_precision,
+    chance_average_precision,
+    ranked_hits,
+    retrieval_metrics,
+    retrieval_values,
+)
 from ..model import Vermouth
+from ..store import FeatureStore
 from ..text import class_embeddings
-from ..train import Features, train_head
+from ..train import Features, Ridge, pool_features, start_head, train_head
 from ..uhead import LOGITS
 
 # %% ../../nbs/tasks/00_sbir.ipynb #35673715
@@ -154,6 +172,25 @@ def train_bottlenecks(
         trained[f"{name}, trained bottleneck"] = bottleneck_embedder(head, embed)
     return trained
 
+# %% ../../nbs/tasks/00_sbir.ipynb #b48d8ec2
+CHANCE = "chance"  # the row of a table that no method made
+
+
+def chance_scores(
+    split: SketchSplit,
+    ks: Sequence[int] = (100, 200),  # those larger than the gallery are left out
+) -> dict[str, float]:               # as from `evaluate_sbir`, without the interpolated mAP
+    "Return what a gallery in random order is expected to score."
+    queries, gallery = (
+        np.array([item.label for item in items]) for items in (split.test_sketches, split.test_photos)
+    )
+    scores = {"mAP@all": chance_average_precision(queries, gallery)}
+    scores["mAP@all, class mean"] = chance_average_precision(np.unique(queries), gallery)
+    for k in [k for k in ks if k <= len(gallery)]:
+        scores |= {f"mAP@{k}": chance_average_precision(queries, gallery, k)}
+        scores[f"P@{k}"] = float((queries[:, None] == gallery).mean())
+    return scores
+
 # %% ../../nbs/tasks/00_sbir.ipynb #44620b4b
 def compare_sbir(
     models: dict[str, Vermouth],  # by name, trained; the prompts, CLIP and settings of the first serve all
@@ -161,20 +198,215 @@ def compare_sbir(
     seed: int = 0,                # of the random weights
     quiet: bool = False,          # no progress bars
     more: dict[str, Embed] | None = None,  # further baselines, as from `train_bottlenecks`
+    prompts: Sequence[Sequence[str]] | None = None,  # of the test sketches and of the test photos; None makes them
+    known: Mapping[str, tuple[Tensor, Tensor]] | None = None,  # features of methods, which are not computed again
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # features by method; one row of numbers per method
     "Measure trained models and all baselines on the unseen classes, from one set of prompts."
-    first = next(iter(models.values()))
-    test = split.test_sketches, split.test_photos
-    prompts = [prompts_for(first, items, "" if quiet else "captions") for items in test]
+    first, known = next(iter(models.values())), known or {}
+    if prompts is None:
+        prompts = [
+            prompts_for(first, items, "" if quiet else "captions") for items in (split.test_sketches, split.test_photos)
+        ]
     embeddings = {name: model.embed for name, model in models.items()} | baseline_embedders(first, seed) | (more or {})
-    features = {name: embed_split(embed, split, prompts, "" if quiet else name) for name, embed in embeddings.items()}
-    return features, pd.DataFrame({name: evaluate_sbir(*f, split) for name, f in features.items()}).T
+    features = {
+        name: known.get(name) or embed_split(embed, split, prompts, "" if quiet else name)
+        for name, embed in embeddings.items()
+    }
+    table = pd.DataFrame({name: evaluate_sbir(*f, split) for name, f in features.items()}).T
+    table.loc[CHANCE] = pd.Series(chance_scores(split))  # interpolated ones have no closed form
+    return features, table
+
+# %% ../../nbs/tasks/00_sbir.ipynb #f4e65239
+@dataclass(frozen=True)
+class StartedModel:
+    "A model at the closed-form solution, and what it says of seen classes that were left out."
+
+    model: Vermouth
+    penalty: float
+    rows: list[int]     # of the N training images that were read
+    labels: np.ndarray  # (N,) their classes
+    drawn: np.ndarray   # (N,) whether each is a sketch
+    vectors: Tensor     # (N,D) of them, each as if its fold of classes had not been there
+
+    @property
+    def folds(self) -> np.ndarray:  # (N,)
+        "The part of the seen classes to which each image belongs."
+        return self.labels % FOLDS
+
+# %% ../../nbs/tasks/00_sbir.ipynb #9ea6700d
+FOLDS = 4  # parts of the seen classes, of which one is held back at a time
+
+# %% ../../nbs/tasks/00_sbir.ipynb #d93ec50d
+def start_sbir(
+    model: Vermouth,      # left as it is
+    split: SketchSplit,
+    features: Sequence[Tensor] | Features,  # of the training images, as for `train_sbir`
+) -> StartedModel:
+    "Return a copy of a model at the closed-form solution for the seen classes."
+    items, frozen = [*split.train_sketches, *split.train_photos], (model.clip, model.captioner, model.settings)
+    head, prompt, size = copy.deepcopy(model.uhead), model.prompt, model.size
+    started = Vermouth(model.backbone, head, *frozen, prompt, size, model.expert, model.normalise)
+    rows, maps = kept_rows(features, items), maps_for(model, features)
+    labels, classes = np.array([items[i].label for i in rows]), class_embeddings(split.seen, model.clip)
+    penalty = start_head(started, maps, labels.tolist(), classes, folds=labels)
+    left_out = Ridge(pool_features(maps), classes.cpu()[labels]).left_out(penalty, labels % FOLDS)
+    drawn = np.array(rows) < len(split.train_sketches)
+    return StartedModel(started.eval(), penalty, rows, labels, drawn, left_out.float())
+
+# %% ../../nbs/tasks/00_sbir.ipynb #ca242ceb
+WEIGHTS = [w for w in product(range(1, 9), repeat=3) if gcd(*w) == 1 and sum(w) <= 10]  # up to a factor; none is zero
+
+# %% ../../nbs/tasks/00_sbir.ipynb #0d82a5d2
+def standard_deviations(
+    parts: Sequence[Tensor],  # (N,D) vectors of each part
+    drawn: np.ndarray,        # (N,) whether each is of a sketch
+) -> list[float]:
+    "Return the spread of each part's similarities between sketches and photos."
+    units = [F.normalize(part.float(), dim=-1) for part in parts]
+    return [(u[drawn] @ u[~drawn].T).std().item() for u in units]
+
+# %% ../../nbs/tasks/00_sbir.ipynb #9cf99d71
+def held_back_precision(
+    vectors: Tensor,      # (N,D)
+    classes: np.ndarray,  # (N,)
+    drawn: np.ndarray,    # (N,) whether each is of a sketch
+    folds: np.ndarray,    # (N,) each a gallery of its own
+) -> float:
+    "Return the mean over folds of the mAP of sketches against photos."
+    unit, values, labels = F.normalize(vectors.float(), dim=-1), [], torch.as_tensor(classes)
+    for fold in np.unique(folds):
+        queries, gallery = (np.flatnonzero((folds == fold) & part) for part in (drawn, ~drawn))
+        hits = ranked_hits(unit[queries] @ unit[gallery].T, labels[queries], labels[gallery])
+        values.append(average_precision(hits).mean().item())
+    return float(np.mean(values))
+
+# %% ../../nbs/tasks/00_sbir.ipynb #2db9e24b
+def choose_scales(
+    parts: Sequence[Tensor],  # three: (N,D) vectors of each part, of the images of seen classes
+    labels: np.ndarray,       # (N,) classes
+    drawn: np.ndarray,        # (N,) whether each is of a sketch
+    folds: np.ndarray,        # (N,) in which the classes are held back
+    most: int = 20,           # sketches, and photos, of a class that are looked at
+) -> tuple[tuple[float, ...], float]:  # a scale for each part; the mAP on held-back classes
+    "Return the scales that rank held-back classes best; of equal ones the evenest weights."
+    counts: dict[tuple, int] = {}
+    keep = []
+    for i, key in enumerate(zip(labels.tolist(), drawn.tolist(), strict=True)):
+        counts[key] = counts.get(key, 0) + 1
+        keep += [i] * (counts[key] <= most)
+    few, where = [part[keep] for part in parts], (labels[keep], drawn[keep], folds[keep])
+    spreads = standard_deviations(few, drawn[keep])
+    best: tuple[tuple[float, ...], float] = ((), -1.0)
+    for weights in sorted(WEIGHTS, key=lambda w: max(w) / min(w)):
+        scales = tuple((w / sum(weights) / s) ** 0.5 for w, s in zip(weights, spreads, strict=True))
+        value = held_back_precision(join_parts(few, scales), *where)
+        best = (scales, value) if value > best[1] + 1e-6 else best
+    return best
+
+# %% ../../nbs/tasks/00_sbir.ipynb #6eefc9be
+def plus_scales(
+    models: Sequence[StartedModel],  # that read the same images
+    split: SketchSplit,
+    prompts: Sequence[str],          # of the training images
+) -> tuple[StartedModel, tuple[float, ...]]:
+    "Return the model that ranks held-back classes best with CLIP and the captions, and the scales of the three."
+    items, first = [*split.train_sketches, *split.train_photos], models[0]
+    chosen, words = [items[i] for i in first.rows], [prompts[i] for i in first.rows]
+    clip = first.model.clip
+    towers = [embed_items(tower(clip), chosen, words) for tower in (image_embedder, prompt_embedder)]
+    found = [choose_scales([m.vectors, *towers], m.labels, m.drawn, m.folds) for m in models]
+    best = max(range(len(models)), key=lambda i: found[i][1])
+    return models[best], found[best][0]
+
+# %% ../../nbs/tasks/00_sbir.ipynb #aa88cde7
+def study_models(
+    backbones: Mapping[str, Backbone],  # by the name of the method
+    **choices: Any,                     # of `Vermouth.build`: protocol, seed, expert, captioner, clip, …
+) -> dict[str, Vermouth]:               # a model a backbone with the expert, then one without
+    "Return the models of a run; they share captioner, CLIP and expert."
+    models: dict[str, Vermouth] = {}
+    for name, backbone in backbones.items():
+        if models:
+            first = next(iter(models.values()))
+            choices |= {"captioner": first.captioner, "clip": first.clip, "expert": first.expert}
+        model = models[name] = Vermouth.build(backbone=backbone, **choices)
+        if model.expert:
+            bare = {"captioner": model.captioner, "clip": model.clip, "expert": None}
+            models[f"{name} without expert"] = Vermouth.build(backbone=backbone, **choices | bare)
+    return models
+
+# %% ../../nbs/tasks/00_sbir.ipynb #1af20e9c
+@dataclass(frozen=True)
+class SbirRun:
+    "One protocol with one seed: what was trained, and what it measures."
+
+    split: SketchSplit
+    models: dict[str, Vermouth]                # trained
+    history: pd.DataFrame                      # epochs of all models
+    prompts: list[list[str]]                   # of the test sketches and of the test photos
+    vectors: dict[str, tuple[Tensor, Tensor]]  # features of both, by method
+    table: pd.DataFrame                        # one row of numbers per method
+
+    def precisions(self) -> dict[str, np.ndarray]:  # method → (Q,)
+        "Return the average precision of each query."
+        sketches = [item.label for item in self.split.test_sketches]
+        photos = [item.label for item in self.split.test_photos]
+        values = {name: retrieval_values(*pair, sketches, photos, ()) for name, pair in self.vectors.items()}
+        return {name: each["mAP@all"].numpy() for name, each in values.items()}
+
+# %% ../../nbs/tasks/00_sbir.ipynb #ab7f451b
+PLUS, START = "Vermouth+ (ours)", "ridge start (ours)"
+
+
+def _started(
+    models: Mapping[str, Vermouth], split: SketchSplit, features: Mapping[Backbone, FeatureStore]
+) -> dict[str, StartedModel]:  # of the first backbone, with the expert and without
+    backbone = next(iter(models.values())).backbone
+    own = {name: m for name, m in models.items() if m.backbone is backbone}
+    return {f"{name}, {START}": start_sbir(m, split, features[backbone]) for name, m in own.items()}
+
+# %% ../../nbs/tasks/00_sbir.ipynb #5b252751
+def study_sbir(
+    models: dict[str, Vermouth],      # from `study_models`; their U-heads are trained in place
+    split: SketchSplit,
+    stores: str | Path,               # folder of the kept features
+    seed: int = 0,                    # of weights and batches
+    before: SbirRun | None = None,    # an earlier run of the same protocol
+    **options: Any,                   # of `train_sbir`: epochs, batch_size, lr, scale, temperature
+) -> SbirRun:
+    "Train all models and the bottlenecks, and measure them beside all baselines."
+    first, items = next(iter(models.values())), [*split.train_sketches, *split.train_photos]
+    prompts, options = prompts_for(first, items), {"seed": seed} | options
+    features = {
+        m.backbone: store_items(m, items, Path(stores) / store_name(m, items, prompts), prompts)
+        for m in models.values()
+        if m.expert or not first.expert
+    }
+    epochs = [train_sbir(m, split, features=features[m.backbone], **options) for m in models.values()]
+    history = pd.concat([part.assign(method=name) for name, part in zip(models, epochs, strict=True)])
+    more = train_bottlenecks(first, split, prompts, **options)
+    started = _started(models, split, features) if first.protocol == "ours" else {}
+    every = models | {name: s.model for name, s in started.items()}
+    tests, known = (split.test_sketches, split.test_photos), {}
+    if before and item_ids(sum(tests, [])) == item_ids([*before.split.test_sketches, *before.split.test_photos]):
+        test_prompts = before.prompts
+        known = {name: pair for name, pair in before.vectors.items() if name not in {**every, **more}}
+    else:
+        test_prompts = [prompts_for(first, part) for part in tests]
+    vectors, table = compare_sbir(every, split, more=more, prompts=test_prompts, known=known)
+    if started:
+        best, scales = plus_scales([*started.values()], split, prompts)
+        parts = next(name for name, s in started.items() if s is best), "CLIP image tower", "caption only"
+        queries, gallery = (join_parts([vectors[name][i] for name in parts], scales) for i in (0, 1))
+        vectors[PLUS] = queries, gallery
+        table.loc[PLUS] = evaluate_sbir(queries, gallery, split)
+    return SbirRun(split, models, history, test_prompts, vectors, table)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #97befe8b
 def _frame(ax: Axes, item: Item, colour: str, title: str) -> None:
     ax.imshow(item.image)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=7, pad=2, color=colour, parse_math=False)
+    ax.set_title(title, fontsize=9, pad=2, color=colour, parse_math=False)
     for spine in ax.spines.values():
         spine.set(color=colour, linewidth=2.5)
 
@@ -205,7 +437,7 @@ def hits_panel(
     scores = sketches @ photos.T
     rows = typical_queries(scores, labels[0], labels[1], queries) if isinstance(queries, int) else list(queries)
     order = scores[rows].argsort(dim=1, descending=True, stable=True)
-    fig = Figure(figsize=(0.9 * (hits + 1), len(rows)))
+    fig = Figure(figsize=(1.06 * (hits + 1), 1.2 * len(rows)))
     axs = fig.subplots(len(rows), hits + 1, squeeze=False)
     for row, line, found in zip(rows, axs, order.tolist()):
         query = split.test_sketches[row]

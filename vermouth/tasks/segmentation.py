@@ -7,9 +7,11 @@ __all__ = ['train_segmentation', 'model_labeller', 'confusion_counts', 'segmenta
            'run_segmentation', 'compare_segmentation', 'masks_panel']
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #410a2a8c
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,23 +21,24 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..baselines import kept_rows, maps_for, prompts_for, read_items
+from ..backbone import Backbone
+from ..baselines import kept_rows, maps_for, prompts_for, read_items, store_items, store_name
 from ..core import PROTOCOLS, VermouthError, choose, lock_of, seed_everything
-from ..data.extraction import in_chunks
+from ..data.extraction import image_of, in_chunks, item_ids
 from ..data.masks import MaskItem, pair
-from ..data.segmentation import MaskSplit
+from ..data.segmentation import MaskSplit, MaskView, random_views
 from ..images import image_batch, image_tensor
 from ..metrics import class_iou, confusion
 from ..model import Vermouth
 from ..seghead import DenseHead, label_map, pixel_loss
 from ..text import Clip, class_words, label_embeddings, segmentation_text, text_embeddings
-from ..train import Features, LevelSubset, train_head
+from ..train import Features, LevelSubset, Targets, train_head
 from ..uhead import LOGITS
-from ..visualize import palette, tint
+from ..visualize import class_legend, palette, tint
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #00701ed8
 def training_masks(
-    items: Sequence[MaskItem],
+    items: Sequence[MaskItem | MaskView],
     seen: Sequence[int],  # labels that are learned, in the order of the names
     ignore_index: int,    # of the items' masks
     side: int | None,     # that the images are resized to; None for their own size, which then must be one for all
@@ -96,18 +99,83 @@ def segmentation_recipe(
     recipe = RECIPES[choose("protocol", protocol, PROTOCOLS)] | LOGITS[protocol]["segmentation"]
     return {"epochs": max(1, round(STEPS * recipe["batch_size"] / images))} | recipe
 
+# %% ../../nbs/tasks/02_segmentation.ipynb #a7632a41
+def with_views(
+    split: MaskSplit,
+    side: int | None,  # of the model's images
+    count: int,        # views of each image; 0 leaves the images as they are
+    seed: int = 0,
+) -> MaskSplit:        # whose training images are views: the first of every image, then the second, …
+    "Replace training images by random squares of them. Raises VermouthError for a model without a size."
+    if not count:
+        return split
+    if side is None:
+        raise VermouthError("views: the model has no size of its own, so there are no squares. Build it with size=.")
+    views = random_views(split.train, side, count, seed)
+    return replace(split, train=cast(list[MaskItem], views))  # they are read as items are
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #03548c1b
+class LiveFeatures:
+    "Maps of a list of items, read by a model whenever a batch asks for them: for views that no disk can hold."
+
+    def __init__(
+        self,
+        model: Vermouth,         # frozen
+        items: Sequence[Any],    # N images, or items with an `image`
+        prompts: Sequence[str],  # one per item
+    ):
+        self.model, self.items, self.prompts = model, items, prompts
+        self.shapes = [tuple(m.shape[1:]) for m in self.batch([0])]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batch(self, indices: Sequence[int]) -> list[Tensor]:  # (B,C,h,w) per level
+        return self.model.read([image_of(self.items[i]) for i in indices], [self.prompts[i] for i in indices])
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #b115b7c2
+@dataclass(frozen=True)
+class LiveMasks:
+    "Masks of a list of items, made whenever a batch asks for them."
+
+    items: Sequence[MaskItem | MaskView]
+    seen: Sequence[int]
+    ignore_index: int
+    side: int | None  # as for `training_masks`
+    ndim: int = 3
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor:  # (B,H,W)
+        return training_masks([self.items[i] for i in numbers], self.seen, self.ignore_index, self.side)
+
+
+def masks_for(
+    features: Sequence[Tensor] | Features,  # of split.train
+    split: MaskSplit,
+    side: int | None,                       # that the images are resized to
+) -> Targets:                               # of the images that were read
+    "Return the masks to train on, in memory unless the features are read live."
+    items = [split.train[i] for i in kept_rows(features, split.train)]
+    make = LiveMasks if isinstance(features, LiveFeatures) else training_masks
+    return make(items, split.seen, split.ignore_index, side)
+
 # %% ../../nbs/tasks/02_segmentation.ipynb #06c2d585
-def _train_on_masks(
+def train_on_masks(
     head: nn.Module,
     maps: Features,   # what `head` takes
-    masks: Tensor,    # from `training_masks`
+    masks: Targets,   # from `masks_for`
     split: MaskSplit,
     model: Vermouth,  # whose CLIP, device and head's protocol are used
+    classes: Tensor | None = None,  # (K,D) of the seen classes; None: of their names
     **options: Any,   # of `train_head`
 ) -> pd.DataFrame:    # one row per epoch
     protocol = model.segmentation_head.protocol
     names = [split.names[k] for k in split.seen]
-    classes = label_embeddings(names, model.clip, **segmentation_text(protocol)).to(model.backbone.device)
+    if classes is None:
+        classes = label_embeddings(names, model.clip, **segmentation_text(protocol))
+    classes = classes.to(model.backbone.device)
     loss = partial(pixel_loss, ignore_index=split.ignore_index)
     return train_head(head, maps, masks, classes, loss=loss, **segmentation_recipe(protocol, len(maps)) | options)
 
@@ -131,8 +199,8 @@ def train_segmentation(
     if features is None:
         prompts = prompts_for(model, items) if prompts is None else prompts
         features = read_items(model, items, prompts, "" if quiet else "reading")
-    masks = training_masks([items[i] for i in kept_rows(features, items)], split.seen, split.ignore_index, model.size)
-    return _train_on_masks(head, maps_for(model, features), masks, split, model, quiet=quiet, **options)
+    masks = masks_for(features, split, model.size)
+    return train_on_masks(head, maps_for(model, features), masks, split, model, quiet=quiet, **options)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #3bda9a92
 Labeller = Callable[[list, list[str], Sequence[Sequence[str]]], list[list[np.ndarray]]]
@@ -185,6 +253,9 @@ def model_labeller(
         return maps
 
     return label
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #85c12319
+Counts = tuple[Tensor, Tensor]  # (K,K) truth × prediction with all names; (U,U) of unseen classes alone
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #23ed1060
 def confusion_counts(
@@ -277,8 +348,10 @@ def attention_labeller(
 
     def scores(images, names):
         per_class = []
-        for prompt, classes in naming_prompts([words[0] for words in class_words(names)], bb.tokenizer, bb.tokens):
-            maps = bb.features(images, prompt, size=model.size or "keep", **settings)[2][:, -bb.tokens :].float()
+        known = [words[0] for words in class_words(names)]
+        for prompt, classes in naming_prompts(known, bb.word_tokenizer, bb.word_tokens):
+            pyramid = bb.features(images, prompt, size=model.size or "keep", **settings)
+            maps = pyramid[bb.finest_map][:, -bb.tokens :].float()
             none = maps.new_zeros(maps[:, 0].shape)
             per_class += [maps[:, tokens].mean(1) if tokens else none for tokens in classes]
         return torch.stack(per_class, 1)
@@ -352,17 +425,18 @@ def train_expert_head(
     **options: Any,                         # of `train_head`
 ) -> DenseHead:
     "Train a segmentation head on the expert's maps alone."
-    items = [split.train[i] for i in kept_rows(features, split.train)]
-    masks = training_masks(items, split.seen, split.ignore_index, model.size)
+    masks = masks_for(features, split, model.size)
     maps = LevelSubset(maps_for(model, features), slice(len(model.dims), None))
     seed_everything(seed)
     like = model.segmentation_head
-    head = DenseHead([channels for channels, *_ in maps.shapes], model.clip.dim, like.width, like.protocol)
-    _train_on_masks(head, maps, masks, split, model, seed=seed, quiet=quiet, **options)
+    dims, decoder = [channels for channels, *_ in maps.shapes], like.decoder
+    head = DenseHead(dims, model.clip.dim, like.width, like.protocol, decoder=decoder)
+    train_on_masks(head, maps, masks, split, model, seed=seed, quiet=quiet, **options)
     return head
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #0becc00d
 ORACLE = "oracle: prompts from the mask"
+UNTRAINED = ("cross-attention, untrained", "CLIP patches", "caption only")  # which no seed changes
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #7386729d
 def mask_prompts(
@@ -398,7 +472,8 @@ def compare_segmentation(
     quiet: bool = False,                   # no progress bars
     oracle: Vermouth | None = None,        # trained with `mask_prompts`; a marked row, never a result
     short: int | None = None,              # of the trained models' images, as for `model_labeller`
-) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # counts by method; one row of scores per method
+    known: Mapping[str, Counts] | None = None,  # counts of methods, which are not measured again
+) -> tuple[dict[str, Counts], pd.DataFrame]:  # counts by method; one row of scores per method
     "Measure trained models and all baselines on the test images."
     first = next(iter(models.values()))
     clip = first.clip
@@ -418,11 +493,98 @@ def compare_segmentation(
         "caption only": caption_labeller(clip),
         "majority class": majority_labeller(trained_on),
     }
-    counts = {name: confusion_counts(label, split, prompts, "" if quiet else name) for name, label in methods.items()}
+    known = known or {}
+    counts = {
+        name: known.get(name) or confusion_counts(label, split, prompts, "" if quiet else name)
+        for name, label in methods.items()
+    }
     if oracle is not None:
         leaks = mask_prompts(split.test, split)
         counts[ORACLE] = confusion_counts(model_labeller(oracle, short), split, leaks, "" if quiet else ORACLE)
     return counts, pd.DataFrame({name: segmentation_scores(c, split) for name, c in counts.items()}).T
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #bc0e93fc
+def study_models(
+    backbone: Backbone,
+    random_weights: Backbone,     # the same with random weights in its U-Net
+    decoder: str | None = None,   # as for `Vermouth.add_segmentation_head`
+    **choices: Any,               # of `Vermouth.build`: protocol, seed, expert, captioner, clip, …
+) -> dict[str, Vermouth]:         # by the name of the method; the oracle is the last
+    "Return the models of a run with new segmentation heads; they share captioner, CLIP and expert."
+    ours = Vermouth.build(backbone=backbone, **choices)
+    shared = {"captioner": ours.captioner, "clip": ours.clip}
+    models = {"Vermouth": ours}
+    if ours.expert:
+        models["without expert"] = Vermouth.build(backbone=backbone, **choices | shared | {"expert": None})
+    models["random weights"] = Vermouth.build(backbone=random_weights, **choices | shared | {"expert": None})
+    models[ORACLE] = Vermouth.build(backbone=backbone, **choices | shared | {"expert": ours.expert})
+    for model in models.values():
+        model.add_segmentation_head(seed=choices.get("seed", 0), decoder=decoder)
+    return models
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #b22e5b5b
+@dataclass(frozen=True)
+class SegmentationRun:
+    "One protocol with one seed: what was trained, and what it measures on each test set."
+
+    models: dict[str, Vermouth]      # trained; without the oracle
+    history: pd.DataFrame            # epochs of all models
+    tests: Sequence[MaskSplit]
+    prompts: list[list[str]]         # of the images of each test set
+    counts: list[dict[str, Counts]]  # of each test set, by method
+    tables: list[pd.DataFrame]       # of each test set: one row of scores per method
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #343edd04
+def _trained(
+    models: dict[str, Vermouth],  # without the oracle
+    split: MaskSplit,             # whose training images may be views
+    prompts: list[str],
+    read: Callable[[Vermouth, list[str]], Features],
+    **options: Any,               # of `train_segmentation`
+) -> tuple[pd.DataFrame, DenseHead | None]:  # epochs; the head on the expert's maps alone
+    first = models["Vermouth"]
+    features = {m.backbone: read(m, prompts) for m in (first, models["random weights"])}
+    parts = [
+        train_segmentation(m, split, features=features[m.backbone], **options).assign(method=name)
+        for name, m in models.items()
+    ]
+    alone = train_expert_head(first, split, features[first.backbone], **options) if first.expert else None
+    return pd.concat(parts), alone
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #d71f785e
+def study_segmentation(
+    models: dict[str, Vermouth],  # from `study_models`; their heads are trained in place
+    source: MaskSplit,            # to train on
+    tests: Sequence[MaskSplit],
+    stores: str | Path | None,    # folder of the kept features; None reads the maps of views live
+    seed: int = 0,                # of weights, batches and views
+    views: int = 0,               # random squares of each image, instead of the image; the paper's protocol
+    before: SegmentationRun | None = None,  # an earlier run of the same protocol, which measured what no seed changes
+    short: int | None = None,     # of the trained models' test images, as for `model_labeller`
+    **options: Any,               # of `train_segmentation`: epochs, batch_size, scale, temperature
+) -> SegmentationRun:
+    "Train all heads, and measure them beside all baselines on every test set."
+    models, options = dict(models), {"seed": seed, **options}
+    oracle, first = models.pop(ORACLE), models["Vermouth"]
+    split = with_views(source, first.size, views, seed)
+
+    def read(model: Vermouth, prompts: list[str]) -> Features:
+        if stores is None:
+            return LiveFeatures(model, split.train, prompts)
+        return store_items(model, split.train, Path(stores) / store_name(model, split.train, prompts), prompts)
+
+    prompts, leaks = prompts_for(first, source.train) * max(1, views), mask_prompts(split.train, split)
+    history, alone = _trained(models, split, prompts, read, **options)
+    train_segmentation(oracle, split, features=read(oracle, leaks), **options)
+    texts, counts, tables = [], [], []
+    for i, test in enumerate(tests):
+        same = before is not None and item_ids(before.tests[i].test) == item_ids(test.test)
+        texts.append(before.prompts[i] if before and same else prompts_for(first, test.test))
+        known = {k: v for k, v in before.counts[i].items() if k in UNTRAINED} if before and same else {}
+        found = compare_segmentation(models, test, source, alone, texts[i], False, oracle, short, known)
+        counts.append(found[0])
+        tables.append(found[1])
+    return SegmentationRun(models, history, tests, texts, counts, tables)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #1f102f2a
 def masks_panel(
@@ -433,9 +595,12 @@ def masks_panel(
 ) -> Figure:
     "Draw image, truth, prediction and error in rows; correct pixels are light, wrong ones orange, ignored ones grey."
     indices = np.linspace(0, len(split.test) - 1, min(count, len(split.test))).astype(int)
-    pairs, colours = [pair(split.test[i]) for i in indices], palette(len(split.names))
+    pairs, colours = [pair(split.test[i]) for i in indices], np.zeros((len(split.names), 3), np.uint8)
     [maps] = label([image for image, _ in pairs], [prompts[i] for i in indices], [split.names])
-    fig = Figure(figsize=(1.1 * len(indices) + 0.6, 4.7), layout="constrained")
+    shown = np.concatenate([m.ravel() for m in (*(truth for _, truth in pairs), *maps)])
+    found, area = np.unique(shown[shown < len(colours)], return_counts=True)
+    colours[found[area.argsort()[::-1]]] = palette(len(found))  # the colours that differ most to the largest areas
+    fig = Figure(figsize=(1.1 * len(indices) + 0.6, 5.4), layout="constrained")
     axs = fig.subplots(4, len(indices), squeeze=False)
     for column, (image, truth), predicted in zip(axs.T, pairs, maps):
         error = np.full((*truth.shape, 3), 240, np.uint8)
@@ -446,4 +611,5 @@ def masks_panel(
             ax.set(xticks=[], yticks=[])
     for ax, row in zip(axs[:, 0], ("image", "truth", "prediction", "error")):
         ax.set_ylabel(row, fontsize=9)
+    class_legend(fig, shown, split.names, colours, 24, loc="outside lower center", ncols=max(2, len(indices) - 1))
     return fig
