@@ -13,9 +13,11 @@ STABLE_DIFFUSION = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "text_encoder": ["transformers", "CLIPTextModel"],
 }
-SDXL = STABLE_DIFFUSION | {
-    "_class_name": "StableDiffusionXLPipeline",
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+SANA = {
+    "_class_name": "SanaPipeline",
+    "vae": ["diffusers", "AutoencoderDC"],
+    "transformer": ["diffusers", "SanaTransformer2DModel"],
+    "text_encoder": ["transformers", "Gemma2Model"],
 }
 
 
@@ -53,9 +55,9 @@ def test_the_trap_works(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_kind_is_named(program, folder):
-    checkpoint(folder / "xl", SDXL)
-    sentence = "holds a StableDiffusionXLPipeline whose text_encoder_2"
-    program.refuses(*EXTRACT, "--model", "xl", says=sentence)
+    checkpoint(folder / "sana", SANA)
+    sentence = "holds a SanaPipeline whose transformer is SanaTransformer2DModel"
+    program.refuses(*EXTRACT, "--model", "sana", says=sentence)
 
 
 def test_a_checkpoint_in_one_file_is_refused(program, folder):
@@ -64,10 +66,11 @@ def test_a_checkpoint_in_one_file_is_refused(program, folder):
 
 
 def test_a_checkpoint_of_another_kind_is_no_model_either(program, folder):
-    checkpoint(folder / "xl", SDXL)
-    program.refuses("classify", "in", *NAMES, "--model", "xl", says="holds a StableDiffusionXLPipeline whose text_enc")
-    (folder / "xl/model_index.json").unlink()
-    program.refuses("classify", "in", *NAMES, "--model", "xl", says="vermouth.json is missing, as are model_index.json")
+    checkpoint(folder / "sana", SANA)
+    program.refuses("classify", "in", *NAMES, "--model", "sana", says="holds a SanaPipeline whose transformer is Sana")
+    (folder / "sana/model_index.json").unlink()
+    missing = "vermouth.json is missing, as are model_index.json"
+    program.refuses("classify", "in", *NAMES, "--model", "sana", says=missing)
 
 
 def test_pickled_weights_of_a_backbone_are_refused(program, folder):

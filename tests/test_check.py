@@ -70,7 +70,7 @@ def ways(root):
         "trained model, damaged": (lambda: written("vermouth.json", b"[]"), "trained model", "is damaged"),
         "LoRA": (lambda: lora(768), "LoRA", ""),
         "LoRA in a folder": (lambda: lora(1024, "my.safetensors").parent, "LoRA", ""),
-        "LoRA of SDXL": (lambda: lora(2048), "LoRA", "texts of width 2048"),
+        "LoRA of a stranger": (lambda: lora(4096), "LoRA", "texts of width 4096"),
         "single file": (lambda: tensors("a.safetensors", **single), "unknown", "from_single_file"),
         "other weights": (lambda: tensors("a.safetensors", a=(1,)), "unknown", "of an unknown model"),
         "damaged weights": (lambda: written("a.safetensors", b"no") / "a.safetensors", "unknown", "not a whole file"),

@@ -1,9 +1,7 @@
 "Full and read-only disks, missing permissions and wrong clocks: one sentence each, and nothing is lost."
 
-import contextlib
 import json
 import os
-import stat
 import subprocess
 import tempfile
 import time
@@ -11,9 +9,9 @@ from pathlib import Path
 
 import program as commands
 import pytest
+from disks import locked, small_disk
 from program import NAMES, Program, run_here
 
-NOBODY = 65534
 # by name: what is best here is looked for in a cache that another user may not read
 TOYBOX = ["--model", "toybox"]
 EXTRACT = [*commands.EXTRACT, *TOYBOX, "--dtype", "float32", "--json"]
@@ -43,19 +41,6 @@ def program(program, photos, monkeypatch):
 # Disks
 
 
-@contextlib.contextmanager
-def small_disk(folder, size):
-    "A file system in memory of so many bytes, mounted on `folder`."
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root mounts a small disk, and not in every container")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_too_small_for_a_store_is_refused(program):
     with small_disk(program.folder / "disk", "4k"):
         program.refuses(*out(EXTRACT, "disk/store"), says="are free. Free some space")
@@ -77,40 +62,6 @@ def test_an_index_goes_on_when_a_full_disk_gets_room(program):
 
 
 # Permissions
-
-
-@contextlib.contextmanager
-def not_root(folder):
-    "Another user than root for a while, who owns the folder."
-    if os.getuid():
-        yield
-        return
-    modes = {above: stat.S_IMODE(above.stat().st_mode) for above in folder.parents}
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, NOBODY, NOBODY)
-    for above, mode in modes.items():
-        if mode & 0o011 != 0o011:
-            above.chmod(mode | 0o011)
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        for above, mode in modes.items():
-            if stat.S_IMODE(above.stat().st_mode) != mode:
-                above.chmod(mode)
-
-
-@contextlib.contextmanager
-def locked(folder, path, mode=0):
-    "A file or folder without permissions."
-    path = folder / path
-    with not_root(folder):
-        path.chmod(mode)
-        try:
-            yield
-        finally:
-            path.chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_damaged_weights_of_a_model_are_found(tmp_path):
         "training": None,
         "protocol": "ours",
         "normalise": False,
+        "start": None,
+        "logits": {"scale": 4.6052, "temperature": 0.2},
         "backbone": part,
         "clip": part,
         "captioner": None,

@@ -276,3 +276,22 @@ def test_threads_agree_where_the_caller_has_lowered_the_precision(toybox):
         torch.set_float32_matmul_precision(before)
     for one, other, third in zip(expected, found, alone):
         assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_a_head_is_asked_with_the_scale_it_was_trained_with(toybox, photos, tmp_path):
+    names = ["cat", "duck", "car"]
+    before = toybox.classify(photos, names, prompts=[""] * len(photos))
+    try:
+        toybox.logits = {"scale": 1.0, "temperature": 0.2}
+        toybox.save(tmp_path)
+        flat = toybox.classify(photos, names, prompts=[""] * len(photos))
+    finally:
+        toybox.logits = Vermouth.logits
+    again = Vermouth.load(tmp_path, "cpu")
+    assert again.logits == {"scale": 1.0, "temperature": 0.2}
+    assert torch.allclose(again.classify(photos, names, prompts=[""] * len(photos)), flat, atol=1e-6)
+    assert (flat.max(1).values < before.max(1).values).all(), "5 instead of 23 times the cosines"
+    card = json.loads((tmp_path / "vermouth.json").read_text())
+    del card["logits"]
+    (tmp_path / "vermouth.json").write_text(json.dumps(card))
+    assert Vermouth.load(tmp_path, "cpu").logits == Vermouth.logits, "a card of before"

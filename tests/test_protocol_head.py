@@ -9,6 +9,7 @@ from vermouth.uhead import ARCHS, UHead
 
 DIMS, EMBED = (40, 72, 36, 20), 24
 WIDTHS = {"tiny": (128, 96, 64, 32), "pico": (64,) * 4, "small": (128, 96, 64, 32), "add": (64,) * 4, "none": (128,)}
+WIDTHS["mix"] = (64,) * 4
 
 
 def maps_of(side=4, dims=DIMS, batch=3):
@@ -82,6 +83,11 @@ def plain(w, maps, arch, protocol):
         x = sum(finer, x[0]) / 4
     elif arch == "add":
         x = sum(F.adaptive_avg_pool2d(level(w, i, m, protocol), 4) for i, m in enumerate(maps)) / 4
+    elif arch == "mix":
+        x = [level(w, i, m, protocol) for i, m in enumerate(maps)]
+        x = [F.interpolate(m, (4, 4), mode="bilinear") if paper else F.adaptive_avg_pool2d(m, 4) for m in x]
+        shares = w["mixing"].exp() / w["mixing"].exp().sum()
+        x = sum(share * m for share, m in zip(shares, x, strict=True))
     elif arch == "none":
         x = level(w, 0, maps[0], protocol)
     else:

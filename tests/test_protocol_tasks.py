@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from page_runs import page_rows
 from torch.nn import functional as F
 
@@ -104,9 +106,9 @@ def test_class_means_weigh_classes_alike():
 
 
 SMALL = {
-    "10_sbir.ipynb": {"shots": 1, "epochs": 1, "limit": 12, "expert": ""},
+    "10_sbir.ipynb": {"shots": 1, "epochs": 1, "limit": 12, "seed": 0, "expert": ""},
     "11_fewshot.ipynb": {"shots": [1], "seed": [1], "epochs": 1, "limit": 12},
-    "12_segmentation.ipynb": {"shots": 1, "epochs": 1, "limit": 2, "expert": ""},
+    "12_segmentation.ipynb": {"shots": 1, "epochs": 1, "limit": 2, "seed": 0, "expert": ""},
 }
 
 
@@ -116,3 +118,13 @@ def test_a_page_runs_by_the_published_protocol_and_says_so(page, tmp_path):
     assert rows.setting.str.contains("protocol=paper").all()
     assert rows.value.between(0, 1).all()
     assert "Vermouth" in by_protocol(rows, rows.metric.iloc[0])["paper"]
+
+
+@pytest.mark.parametrize("name", ["segmentation_coco_stuff171", "segmentation_coco_stuff171_segmentor"])
+def test_both_released_states_of_segmentation_run_on_toybox(name, tmp_path):
+    settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    toys = {"model": "toybox", "captioner": "toybox", "dataset": "toybox", "device": "cpu", "dtype": "float32"}
+    toys |= {"expert": settings["expert"] and "toybox", "shots": 1, "epochs": 1, "limit": 2}
+    rows = page_rows("12_segmentation.ipynb", tmp_path, **settings | toys)
+    expected = f"t={settings['timesteps'][0]} " + (f".*decoder={settings['decoder']} " if "decoder" in settings else "")
+    assert rows.setting.str.contains(expected).all() and rows.value.between(0, 1).all()

@@ -4,7 +4,7 @@ import re
 
 import nbformat
 from conftest import ROOT
-from house import NBS, code_cells
+from house import MODULES, NBS, code_cells, markdown
 from nbclient import NotebookClient
 
 
@@ -14,6 +14,15 @@ def test_readme_is_made_from_the_front_page():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(NBS / "index.ipynb", ROOT), (
         "run: python -m vermouth.app.docs"
     )
+
+
+def test_the_api_page_has_every_module_with_public_names():
+    "In every folder of pages; run nbs/api.ipynb again after one has come, gone or been renamed."
+    from vermouth.app.docs import api_tables
+
+    public = {name for name, path in MODULES.items() if not re.search(r"^__all__ = \[\]", path.read_text(), re.M)}
+    for text in (api_tables(ROOT), markdown("api.ipynb")):
+        assert set(re.findall(r"^## \[(vermouth[\w.]+)\]", text, re.M)) == public
 
 
 def test_readme_tables_equal_the_results_files():

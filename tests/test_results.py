@@ -36,12 +36,13 @@ def papermill_rows(page, folder, **parameters):
 
 
 def test_sbir_writes_every_method_with_its_origin(tmp_path):
-    rows = papermill_rows("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    few = {"shots": 1, "epochs": 1, "limit": 24, "protocol": "ours", "seed": 0}
+    rows = papermill_rows("10_sbir.ipynb", tmp_path, **few)
     assert set(rows.method) == METHODS
     assert rows.value.between(0, 1).all() and (rows.n == 24).all()
     assert rows.versions.str.contains("torch=").all() and rows.device.notna().all() and (rows.seconds > 0).all()
     assert (tmp_path / "results" / "10_sbir.png").stat().st_size > 10_000
-    again = page_rows("10_sbir.ipynb", tmp_path, shots=1, epochs=1, limit=24)
+    again = page_rows("10_sbir.ipynb", tmp_path, **few)
     assert len(again) == 2 * len(rows), "a second run appends"
     assert again.value[len(rows) :].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
 
@@ -49,7 +50,7 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_sbir_reads_real_sketches(tmp_path):
     root = str(Path(DATA) / "sbir" / "Sketchy")
-    few = {"shots": 1, "epochs": 1, "limit": 50, "uhead": "pico"}
+    few = {"shots": 1, "epochs": 1, "limit": 50, "uhead": "pico", "protocol": "ours", "seed": 0}
     rows = page_rows("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
     assert set(rows.method) == METHODS and (rows.n == 50).all()
 

@@ -154,11 +154,12 @@ METHODS = {
     "majority class",
     "oracle: prompts from the mask",
 }
+ONE = {"shots": 1, "epochs": 1, "protocol": "ours", "seed": 0}
 METRICS = {"mIoU", "mIoU seen", "mIoU unseen", "harmonic mean", "pixel accuracy", "mIoU unseen alone"}
 
 
 def test_the_page_writes_every_method(tmp_path):
-    rows = page_rows("12_segmentation.ipynb", tmp_path, shots=1, epochs=1, limit=16)
+    rows = page_rows("12_segmentation.ipynb", tmp_path, **ONE, limit=16)
     assert set(rows.method) == METHODS
     assert set(rows.metric) == METRICS
     assert (rows.n == 16).all()
@@ -172,14 +173,14 @@ def test_the_page_writes_every_method(tmp_path):
 )
 def test_the_page_reads_photographs(dataset, folder, tmp_path):
     root = str(Path(DATA) / "seg" / folder)
-    rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=dataset, root=root, shots=1, epochs=1, limit=8)
+    rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=dataset, root=root, **ONE, limit=8)
     assert set(rows.method) == METHODS
 
 
 @real
 def test_a_head_is_tested_on_another_data_set_by_its_names_alone(tmp_path):
     root = str(Path(DATA) / "seg")
-    few = {"shots": 1, "epochs": 1, "limit": 4}
+    few = ONE | {"limit": 4}
     rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=["voc20", "ade150"], root=root, **few)
     assert set(rows.dataset) == {"ade150"}
     assert set(rows.method) == METHODS

@@ -1,0 +1,193 @@
+"Figures can be read: no type below 9 points, no name over another or over the curves, none wider than the column."
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from house import NBS, cells
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+# The site's column of text is 768 CSS pixels wide and a figure has 80 pixels an inch: a wider one is shown smaller.
+WIDEST, SMALLEST = 9.6, 9
+
+
+def shown_texts(figure):
+    figure.draw_without_rendering()
+    hidden = set(hidden_ticks(figure))
+    for text in figure.findobj(Text):
+        box = Text.get_window_extent(text)  # of a note without the line that leads to it
+        if id(text) not in hidden and text.get_visible() and text.get_text().strip() and box.width > 0:
+            yield text, box
+
+
+def faults(figure):
+    "What makes a figure hard to read, in words."
+    found = [f"{figure.get_figwidth():.1f} inches wide"] if figure.get_figwidth() > WIDEST else []
+    texts = list(shown_texts(figure))
+    found += [f"{text.get_text()!r}: {text.get_size()} points" for text, _ in texts if text.get_size() < SMALLEST]
+    for (a, first), (b, second) in combinations(texts, 2):
+        across = min(first.x1, second.x1) - max(first.x0, second.x0)
+        down = min(first.y1, second.y1) - max(first.y0, second.y0)
+        if across > 1 and down > 2:  # a line of type is taller than its letters
+            found.append(f"{a.get_text()!r} over {b.get_text()!r}")
+    for ax in figure.axes:
+        if ax.lines and (legend := ax.get_legend()) and legend.get_window_extent().overlaps(ax.get_window_extent()):
+            found.append("a legend inside the axes")
+    return found
+
+
+def hidden_ticks(figure):
+    "Labels of ticks outside of the limits, which Matplotlib keeps and does not draw, by id."
+    for ax in figure.axes:
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            low, high = sorted(limits)
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    yield from (id(tick.label1), id(tick.label2))
+
+
+def test_a_bad_figure_is_told():
+    figure = Figure(figsize=(12, 3))
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], label="a")
+    ax.legend(fontsize=7)
+    for _ in range(2):
+        ax.text(0.5, 0.2, "twice")
+    text = "; ".join(faults(figure))
+    assert all(part in text for part in ("12.0 inches", "7.0 points", "'twice' over 'twice'", "inside the axes")), text
+
+
+def ablation_rows(settings, tasks, seeds=2):
+    rng = np.random.default_rng(0)
+    metrics = {"sbir": "mAP@all", "fewshot": "accuracy", "segmentation": "mIoU"}
+    rows = []
+    for task in tasks:
+        for setting in settings:
+            for seed in range(seeds):
+                for method in ("pixel head",) if task == "segmentation" else ("U-head", "training-free"):
+                    row = {"task": task, "method": method, "setting": setting, "metric": metrics[task], "seed": seed}
+                    rows.append(row | {"value": rng.random()})
+    return pd.DataFrame(rows)
+
+
+def test_dots_and_curves_of_ablations():
+    from vermouth.experiments.report import curves, dots
+
+    names = ["down", "mid", "up", "down+mid", "mid+up", "down+mid+up"]
+    settings = names + [f"{name}, empty prompt" for name in names]
+    rows = ablation_rows(settings, ["sbir", "fewshot", "segmentation"])
+    assert not faults(dots(rows))
+    steps = {f"t={t}{mode}": t for t in range(0, 1000, 100) for mode in ("", ", empty prompt")}
+    rows = ablation_rows(steps, ["sbir", "fewshot", "segmentation"])
+    style = {name: "empty prompt" if "empty" in name else "caption" for name in steps}
+    assert not faults(curves(rows, steps, "time step t", style))
+
+
+def test_training_curves():
+    from vermouth.experiments.report import training_curves
+
+    methods = ["Vermouth", "Vermouth without expert", "U-head on random weights"]
+    methods.append("U-head on random weights without expert")
+    history = pd.DataFrame({"epoch": np.tile(np.arange(40), 4), "method": np.repeat(methods, 40)})
+    history["valid_loss"] = 1 / (1 + history.epoch)
+    history["accuracy"] = 1 - history.valid_loss
+    figure = training_curves(history, {"valid_loss": "loss on held-back seen images", "accuracy": "accuracy"})
+    assert not faults(figure)
+    assert {text.get_text() for text, _ in shown_texts(figure)} >= set(methods)
+
+
+def test_few_shot_curves_name_every_method_once():
+    from vermouth.tasks.fewshot import study_curves
+
+    table = pd.read_csv(NBS / "results/11_fewshot.csv")
+    table = table[~table.setting.str.contains("protocol=paper") & (table.dataset == "toybox")]
+    table = table.assign(shots=table.setting.str.extract(r"shots=(\d+)")[0].fillna(0).astype(int))
+    rows = table.rename(columns={"value": "accuracy"})[["method", "shots", "seed", "accuracy"]]
+    rows = rows[rows.method.isin(rows.method.unique()[:14])]
+    figure = study_curves(rows.to_dict("records"), [name for name in rows.method.unique() if "oracle" in name])
+    assert not faults(figure)
+    shown = [text.get_text() for text, _ in shown_texts(figure)]
+    assert all(shown.count(name) == 1 for name in rows.method.unique())
+
+
+def test_masks_have_a_legend_of_their_classes():
+    from vermouth.data.masks import pair
+    from vermouth.data.segmentation import load_segmentation
+    from vermouth.tasks.segmentation import masks_panel
+
+    split = load_segmentation("toybox", shots=1, limit=8)
+    truths = [pair(item)[1] for item in split.test]
+    figure = masks_panel(lambda *_: [truths], split, [""] * len(split.test), 8)
+    assert not faults(figure)
+    occur = {split.names[k] for truth in truths for k in np.unique(truth) if k < len(split.names)}
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend <= {name if isinstance(name, str) else name[0] for name in occur} and len(legend) >= min(
+        len(occur), 24
+    )
+
+
+def test_hits_and_rows_of_classes():
+    from vermouth.data.items import show_rows
+    from vermouth.data.sbir import load_sbir
+    from vermouth.tasks.sbir import hits_panel
+
+    split = load_sbir("toybox", shots=1, limit=48)
+    vectors = [torch.randn(len(items), 8) for items in (split.test_sketches, split.test_photos)]
+    assert not faults(hits_panel(tuple(vectors), split))
+    names = [item.name for item in split.test_photos][:12]
+    assert not faults(show_rows([split.test_photos], names))
+
+
+def test_names_of_clusters():
+    from vermouth.visualize import scatter
+
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    rng = np.random.default_rng(0)
+    for ax, apart in zip(figure.subplots(1, 2), (0.1, 5.0)):
+        names = np.repeat(["turtle", "duck", "truck", "sailboat", "palm tree", "tulip", "teapot", "umbrella"], 10)
+        centres = np.repeat(rng.normal(size=(8, 2)) * apart, 10, 0)
+        scatter(ax, centres + rng.normal(size=(80, 2)), list(names), ["photo", "sketch"] * 40, "vectors")
+    assert not faults(figure)
+
+
+def test_steps_below_their_rooflines():
+    from vermouth.experiments.roofline import steps_panel
+
+    table = pd.read_csv(NBS / "results/30_benchmark.csv").query("metric in ('seconds', 'predicted')")
+    table = table[table.seconds == table.seconds.iloc[-1]]
+    weights = table.setting.str.split().str[0]
+    table = table.assign(weights=weights).pivot_table("value", ["method", "weights"], "metric", sort=False).dropna()
+    table = table.reset_index().rename(columns={"method": "step"}).assign(operations=4e11, bytes=5e9)
+    assert len(table) > 6
+    assert not faults(steps_panel(table, {"float32": 2e11, "bfloat16": 1e12}, 5e10))
+
+
+@pytest.mark.parametrize("page", ["20_paper.ipynb", "31_million.ipynb"])
+def test_pages_that_draw_for_themselves(page, monkeypatch, tmp_path):
+    "The cells of a page that read its results and draw them, without those that measure."
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr("vermouth.images.figure_image", lambda figure, *_: kept.append(figure))
+    monkeypatch.chdir(NBS)
+    code = [c.source for c in cells(page) if c.cell_type == "code"]
+    if page.startswith("31"):
+        measured = pd.read_csv("results/31_million.csv")
+        table = measured.pivot_table("value", ["n", "method"], "metric", sort=False)
+        [drawing] = [source for source in code if "figure_image(" in source and "import" not in source]
+        code = [source for source in code if "import tempfile" in source] + [drawing]
+        space = {"table": table, "limit": int(measured.n.max()), "out_dir": str(tmp_path)}
+    else:
+        space = {}
+        code = [
+            source.replace("tempfile.mkdtemp() if in_test() else out_dir", json.dumps(str(tmp_path))) for source in code
+        ]
+    for source in code:
+        exec(source, space)
+    plt.close("all")
+    [figure] = kept
+    assert not faults(figure)
