@@ -30,9 +30,10 @@ def state(*models):
 
 def in_threads(calls, threads=8):
     "The results of calls, or the errors, in order; the threads start together."
-    ready = threading.Barrier(threads, timeout=60)
+    ready, count = threading.Barrier(threads, timeout=60), torch.get_num_threads()
 
     def run(call):
+        torch.set_num_threads(count)  # which a thread does not take over from the one that starts it
         try:
             return call()
         except Exception as e:
