@@ -64,8 +64,9 @@ def serving(folder, end=signal.SIGTERM, code=143, **options):
         running.kill()
     assert not list((folder / "tmp").glob("vermouth-web-*")), "what was uploaded goes with the program"
     errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", log := (folder / "log").read_text(), re.M)
-    # an intruder was refused; anything else would be ours
-    refused = ("gradio.exceptions.InvalidPathError", "gradio.exceptions.Error: 'Value ")
+    # an intruder was refused, a stream that a browser still held was cut at the end; anything else would be ours
+    cut = "asyncio.exceptions.CancelledError"
+    refused = ("gradio.exceptions.InvalidPathError", "gradio.exceptions.Error: 'Value ", cut)
     assert all(line.startswith(refused) for line in errors), log
 
 
