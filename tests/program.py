@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 from conftest import COUNTS
 from typer.testing import CliRunner
 
@@ -78,3 +79,25 @@ class Program:
         assert not [p for p, data in before.items() if after.get(p) != data], "an input was changed"
         COUNTS["inputs tried"] += 1
         return result
+TOYBOX = ["--model", "toybox"]
+FEW = [*EXTRACT[4:], "--dtype", "float32"]
+
+
+def fill(folder, toybox, *cells, parameters=False):
+    "Photos of three classes, their index, a store, and a page of these cells; the first may hold its parameters."
+    from vermouth.app.search import build_index
+    from vermouth.data.toybox import Toybox
+    from vermouth.store import extract
+
+    for i, item in enumerate(Toybox("photo", n=9, seed=4)):
+        (folder / f"photos/{CLASSES[i % 3]}").mkdir(parents=True, exist_ok=True)
+        item.image.save(folder / f"photos/{CLASSES[i % 3]}/{i}.png")
+    build_index(folder / "photos", folder / "idx", toybox, quiet=True)
+    paths = sorted(folder.glob("photos/*/*"))
+    extract(toybox.backbone, paths, folder / "store", stages="mid", attention=(), quiet=True)
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
+    page.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    if parameters:
+        page.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(page, folder / "10_page.ipynb")
+    return folder

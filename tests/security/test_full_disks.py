@@ -12,12 +12,8 @@ import nbformat
 import pytest
 from conftest import COUNTS
 from disks import locked, run_child, short_files, small_disk
-from program import CLASSES, NAMES, run_here
+from program import FEW, NAMES, TOYBOX, fill, run_here
 
-from vermouth.data.toybox import Toybox
-
-TOYBOX = ["--model", "toybox"]
-FEW = ["--captioner", "none", "-p", "stages", "mid", "-p", "attention", "[]", "--dtype", "float32"]
 PAGE = "from pathlib import Path\nPath(out_dir).mkdir(exist_ok=True)\n(Path(out_dir) / 'rows').write_text('x' * 9000)"
 
 
@@ -45,23 +41,10 @@ PRINTING = {
 @pytest.fixture(scope="module")
 def made(toybox):
     "Photos of three classes, an index, a store and a page, in a folder that users other than root can enter."
-    from vermouth.app.search import build_index
-    from vermouth.store import extract
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
-        for i, item in enumerate(Toybox("photo", n=9, seed=4)):
-            (folder / f"photos/{CLASSES[i % 3]}").mkdir(parents=True, exist_ok=True)
-            item.image.save(folder / f"photos/{CLASSES[i % 3]}/{i}.png")
-        build_index(folder / "photos", folder / "idx", toybox, quiet=True)
-        paths = sorted(folder.glob("photos/*/*"))
-        extract(toybox.backbone, paths, folder / "store", stages="mid", attention=(), quiet=True)
-        cells = [nbformat.v4.new_code_cell(text) for text in ("out_dir = 'results'", PAGE)]
-        cells[0].metadata["tags"] = ["parameters"]
-        kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "10_page.ipynb")
-        yield folder
+        yield fill(folder, toybox, "out_dir = 'results'", PAGE, parameters=True)
 
 
 @pytest.fixture

@@ -8,17 +8,13 @@ import signal
 import subprocess
 import sys
 
-import nbformat
 import pytest
 from conftest import COUNTS
 from disks import run_child
-from program import CLASSES, NAMES, OFFLINE, run_here
+from program import FEW, NAMES, OFFLINE, TOYBOX, fill, run_here
 
 from vermouth.app import cli
-from vermouth.data.toybox import Toybox
 
-TOYBOX = ["--model", "toybox"]
-FEW = ["--captioner", "none", "-p", "stages", "mid", "-p", "attention", "[]", "--dtype", "float32"]
 COMMANDS = {
     "index": ["index", "photos", "--out", "new-idx", "--batch-size", "1", *TOYBOX],
     "search": ["search", "idx", "photos/cat/0.png", "--html", "hits.html", *TOYBOX],
@@ -78,21 +74,8 @@ def test_while_torch_is_loaded(command, tmp_path):
 @pytest.fixture(scope="module")
 def place(toybox, tmp_path_factory):
     "Photos of three classes, an index, a store, and a page that interrupts who runs it."
-    from vermouth.app.search import build_index
-    from vermouth.store import extract
-
-    folder = tmp_path_factory.mktemp("interrupts")
-    for i, item in enumerate(Toybox("photo", n=9, seed=4)):
-        (folder / f"photos/{CLASSES[i % 3]}").mkdir(parents=True, exist_ok=True)
-        item.image.save(folder / f"photos/{CLASSES[i % 3]}/{i}.png")
-    build_index(folder / "photos", folder / "idx", toybox, quiet=True)
-    paths = sorted(folder.glob("photos/*/*"))
-    extract(toybox.backbone, paths, folder / "store", stages="mid", attention=(), quiet=True)
     cell = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"
-    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)], metadata=kernel)
-    nbformat.write(page, folder / "10_page.ipynb")
-    return folder
+    return fill(tmp_path_factory.mktemp("interrupts"), toybox, cell)
 
 
 def interrupt_at(owner, name, call):
