@@ -25,6 +25,10 @@ METHODS = {
     "CLIP image tower, trained bottleneck",
     "caption only",
     "raw pixels",
+    "Vermouth, ridge start (ours)",
+    "Vermouth without expert, ridge start (ours)",
+    "Vermouth+ (ours)",
+    "chance",
 }
 
 
@@ -40,6 +44,8 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
     rows = papermill_rows("10_sbir.ipynb", tmp_path, **few)
     assert set(rows.method) == METHODS
     assert rows.value.between(0, 1).all() and (rows.n == 24).all()
+    sure = rows[rows.method != "chance"]
+    assert (sure.low <= sure.value).all() and (sure.value <= sure.high).all() and (rows.seeds == 1).all()
     assert rows.versions.str.contains("torch=").all() and rows.device.notna().all() and (rows.seconds > 0).all()
     assert (tmp_path / "results" / "10_sbir.png").stat().st_size > 10_000
     again = page_rows("10_sbir.ipynb", tmp_path, **few)

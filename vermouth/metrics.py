@@ -9,7 +9,8 @@ __all__ = ['ranked_hits', 'average_precision', 'mean_average_precision', 'precis
 
 # %% ../nbs/library/02_metrics.ipynb #8ef1dc17
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -179,7 +180,8 @@ def retrieval_values(
     ks: Sequence[int] = (100, 200),  # for mAP@k and P@k
     chunk: int = 256,                # queries scored at a time: memory is about 30 bytes × chunk × N
     interpolated: bool = False,      # also the VOC-style AP
-) -> dict[str, Tensor]:              # "mAP@all", "mAP@100", "P@100", … → (Q,) float64, each in [0,1]
+    by_class: bool = False,          # also the APs over all of the gallery, weighted to give means over classes
+) -> dict[str, Tensor]:              # "mAP@all", "mAP@100", "P@100", … → (Q,) float64
     "Return every retrieval number of each query, by cosine similarity, in little memory."
     queries, gallery = _unit("query_features", query_features), _unit("gallery_features", gallery_features)
     if queries.shape[1] != gallery.shape[1]:
@@ -199,7 +201,12 @@ def retrieval_values(
         for k in ks:
             parts[f"mAP@{k}"].append(average_precision(hits, k))
             parts[f"P@{k}"].append(hits[:, :k].sum(1).double() / k)
-    return {name: torch.cat(values) for name, values in parts.items()}
+    values = {name: torch.cat(part) for name, part in parts.items()}
+    if not by_class:
+        return values
+    _, row, size = query_labels.unique(return_inverse=True, return_counts=True)
+    weight = len(row) / (len(size) * size[row].double())
+    return values | {f"{name}, class mean": weight * values[name] for name in values if name.startswith("mAP@all")}
 
 # %% ../nbs/library/02_metrics.ipynb #26db07dc
 def retrieval_metrics(
@@ -213,14 +220,9 @@ def retrieval_metrics(
     by_class: bool = False,          # also the means over classes, of the mAPs over all of the gallery
 ) -> dict[str, float]:               # "mAP@all", "mAP@all, class mean", "mAP@100", "P@100", …, each in [0,1]
     "Return every retrieval number of one table, by cosine similarity, in little memory."
-    values = retrieval_values(query_features, gallery_features, query_labels, gallery_labels, ks, chunk, interpolated)
-    numbers: dict[str, float] = {}
-    for name, each in values.items():
-        numbers[name] = each.mean().item()
-        if by_class and name.startswith("mAP@all"):
-            labels = _labels("query_labels", query_labels, len(each), "queries").to(each.device)
-            numbers[f"{name}, class mean"] = class_means(each, labels).mean().item()
-    return numbers
+    options = ks, chunk, interpolated, by_class
+    values = retrieval_values(query_features, gallery_features, query_labels, gallery_labels, *options)
+    return {name: each.mean().item() for name, each in values.items()}
 
 # %% ../nbs/library/02_metrics.ipynb #fc2b645f
 def chance_average_precision(
@@ -240,17 +242,25 @@ def chance_average_precision(
     return expected.mean().item()
 
 # %% ../nbs/library/02_metrics.ipynb #a0fc4bf5
-def accuracy(
+def hits(
     scores: Array,  # (N,K) logits, cosines or probabilities; higher = likelier
     labels: Array,  # (N,) integers from 0 to K-1
-) -> float:         # in [0,1]
-    "Return the share of rows whose highest score is at the label; of equal scores the first counts."
+) -> np.ndarray:    # (N,) 1 where the highest score is at the label, else 0; of equal scores the first counts
+    "Return for each row whether it is right."
     scores = _matrix("scores", scores)
     labels = _labels("labels", labels, len(scores), "rows of scores").to(scores.device)
     k = scores.shape[1]
     if (wrong := labels[(labels < 0) | (labels >= k)]).numel():
         raise VermouthError(f"labels: {wrong[0].item()} with {k} classes. Pass 0 to {k - 1}.")
-    return (scores.argmax(1) == labels).double().mean().item()
+    return (scores.argmax(1) == labels).double().cpu().numpy()
+
+# %% ../nbs/library/02_metrics.ipynb #0b98ca74
+def accuracy(
+    scores: Array,  # (N,K) logits, cosines or probabilities; higher = likelier
+    labels: Array,  # (N,) integers from 0 to K-1
+) -> float:         # in [0,1]
+    "Return the share of rows whose highest score is at the label; of equal scores the first counts."
+    return hits(scores, labels).mean().item()
 
 # %% ../nbs/library/02_metrics.ipynb #5f3b794f
 def confusion(
@@ -329,33 +339,84 @@ class Interval(NamedTuple):
         "Of a paired difference: where the interval lies."
         return "ahead" if self.low > 0 else "behind" if self.high < 0 else "level"
 
+# %% ../nbs/library/02_metrics.ipynb #152cbe01
+# from counts (…,3,K), or numbers (…) as they are, to numbers (…)
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def class_ious(
+    counts: np.ndarray,  # (…,3,K) pixels that are right, predicted and true, by class
+) -> np.ndarray:         # (…,K) in [0,1], NaN where a class is neither predicted nor true
+    "Return the IoU of each class."
+    right, predicted, true = np.moveaxis(np.asarray(counts, float), -2, 0)
+    union = predicted + true - right
+    return np.divide(right, union, out=np.full_like(union, np.nan), where=union > 0)
+
+
+def mean_of_ious(counts: np.ndarray) -> np.ndarray:  # (…,3,K) → (…)
+    "Return the mean IoU over the classes that occur; 0 where none does."
+    iou = class_ious(counts)
+    occurs = ~np.isnan(iou)
+    return np.where(occurs, iou, 0).sum(-1) / np.maximum(occurs.sum(-1), 1)
+
+# %% ../nbs/library/02_metrics.ipynb #4019f444
+@lru_cache(maxsize=8)
+def _resamples(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n) float32, each row sums to 1
+    "How often each of n is drawn, as a share."
+    return (np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n).astype(np.float32)
+
+
+def _bootstrap(values: Array, statistic: Statistic, draws: int, seed: int) -> tuple[float, np.ndarray]:
+    "Return the number, and (draws,) of it from resampled seeds and queries."
+    x = np.asarray(values, float)
+    x = x[None] if x.ndim in (1, 3) else x
+    seeds, queries, *rest = x.shape
+    flat, drawn = x.reshape(seeds, queries, -1), []
+    share, chunk = _resamples(seeds, draws, seed), max(1, 2**24 // (queries + seeds * flat.shape[2]))
+    for i, part in enumerate(_chunks(draws, chunk)):
+        n = len(range(draws)[part])
+        times = _resamples(queries, n, seed + 1 + i)
+        means = np.stack([times @ one for one in flat], 1).reshape(n, seeds, *rest)
+        drawn.append((share[part] * statistic(means)).sum(1))
+    return float(statistic(x.mean(1)).mean()), np.concatenate(drawn)
+
+# %% ../nbs/library/02_metrics.ipynb #da330f7a
+def _statistic_of(values: Array, statistic: Statistic | None) -> Statistic:
+    "Return the given statistic, or the usual one of such values. Raises VermouthError for NaN and other shapes."
+    x = np.asarray(values, float)
+    if x.ndim not in (1, 2, 3, 4) or not x.size or (x.ndim > 2 and x.shape[-2] != 3):
+        raise VermouthError(
+            f"values: shape {x.shape}. Pass (S,Q) numbers of S seeds and Q queries, or (S,Q,3,K) counts."
+        )
+    if (bad := np.isnan(x).reshape(len(x), -1).any(1)).any():
+        raise VermouthError(f"values: NaN in row {int(bad.argmax())}. Take the queries that have a number.")
+    return statistic or (mean_of_ious if x.ndim > 2 else np.asarray)
+
 # %% ../nbs/library/02_metrics.ipynb #917e4d4c
 def interval(
-    values: Array,      # (S,Q) numbers of S seeds and Q queries, or (Q,) of one seed
+    values: Array,      # (S,Q) numbers of S seeds and Q queries, or (S,Q,3,K) counts; without S: of one seed
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,      # of the samples
+    statistic: Statistic | None = None,  # of the means over queries; None: as they are, and the mean IoU of counts
 ) -> Interval:
-    "Return the mean with a 95 % bootstrap interval over seeds and queries. Raises VermouthError for NaN."
-    x = _matrix("values", np.atleast_2d(np.asarray(values))).double().cpu().numpy()
-    rng, (seeds, queries) = np.random.default_rng(seed), x.shape
-    means = []
-    for part in _chunks(draws, max(1, 2**22 // queries)):
-        n = len(range(draws)[part])
-        share = rng.multinomial(seeds, [1 / seeds] * seeds, n) / seeds
-        times = rng.multinomial(queries, [1 / queries] * queries, n) / queries
-        means.append(((share @ x) * times).sum(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(x.mean().item(), low.item(), high.item())
+    "Return the number with a 95 % bootstrap interval over seeds and queries. Raises VermouthError for NaN."
+    mean, drawn = _bootstrap(values, _statistic_of(values, statistic), draws, seed)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(mean, low.item(), high.item())
 
 # %% ../nbs/library/02_metrics.ipynb #d625ebfb
 def paired_difference(
-    a: Array,           # (S,Q) or (Q,) numbers of one method
+    a: Array,           # as for `interval`, of one method
     b: Array,           # the same queries and seeds of another
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,      # of the samples
+    statistic: Statistic | None = None,  # as for `interval`
 ) -> Interval:          # of a − b
-    "Return the mean difference with its interval. Raises VermouthError for values of other queries."
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise VermouthError(f"a, b: shapes {a.shape} and {b.shape}. Pass the same seeds and queries of both methods.")
-    return interval(a - b, draws, seed)
+    "Return the difference with its interval. Raises VermouthError for values of other queries."
+    if np.shape(a) != np.shape(b):
+        raise VermouthError(
+            f"a, b: shapes {np.shape(a)} and {np.shape(b)}. Pass the same seeds and queries of both methods."
+        )
+    (mean, drawn), (other, drawn_other) = (_bootstrap(x, _statistic_of(x, statistic), draws, seed) for x in (a, b))
+    low, high = np.quantile(drawn - drawn_other, [0.025, 0.975])
+    return Interval(mean - other, low.item(), high.item())

@@ -39,7 +39,7 @@ from ..data.fewshot import FewShotData, load_fewshot
 from ..data.items import few_shots
 from ..data.sbir import SketchSplit, load_sbir
 from ..data.segmentation import MaskSplit, few_masks, load_segmentation
-from ..metrics import accuracy, chance_average_precision, class_iou, confusion, retrieval_metrics
+from ..metrics import accuracy, chance_average_precision, class_iou, confusion, mean_of_ious, retrieval_metrics
 from ..zoo.embedders import Embedder, LinearClassifier, PyramidEmbedder, fit_linear, fit_whitening
 from ..zoo.saving import training_card
 
@@ -420,7 +420,7 @@ def _mask_baselines(model: Any, split: MaskSplit, counts: Tensor, quiet: bool) -
     methods = {"training-free masks": attention_labeller(model), "most frequent class": majority_labeller(split)}
     for name, label in methods.items():
         found = confusion_counts(label, split, [""] * len(split.test), "" if quiet else name)[0]
-        rows.append((name, NONE, class_iou(found).nanmean().item()))
+        rows.append((name, NONE, float(mean_of_ious(found.sum(0)))))
     return [*rows, ("chance", NONE, _chance_iou(counts.sum(1).double()))]
 
 # %% ../../nbs/app/11_train.ipynb #53fb6a66

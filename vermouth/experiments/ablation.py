@@ -14,6 +14,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,14 @@ from vermouth.core import VermouthError, choose
 from vermouth.data import fewshot, sbir, segmentation
 from vermouth.data.extraction import in_chunks
 from vermouth.data.items import Item
-from vermouth.experiments.tables import ROW
+from vermouth.experiments.tables import ROW, with_intervals
 from vermouth.expert import Expert
 from vermouth.hooks import as_names
-from vermouth.metrics import accuracy
+from vermouth.metrics import hits, interval
 from vermouth.model import Vermouth
-from vermouth.tasks.fewshot import few_shot_accuracy, few_shot_classes, pooled_levels, read_study, study_items
-from vermouth.tasks.sbir import embed_split, evaluate_sbir, run_sbir
-from vermouth.tasks.segmentation import run_segmentation
+from vermouth.tasks.fewshot import few_shot_classes, few_shot_scores, pooled_levels, read_study, study_items
+from vermouth.tasks.sbir import embed_split, sbir_values, train_sbir
+from vermouth.tasks.segmentation import confusion_counts, model_labeller, train_segmentation
 from vermouth.text import (
     CAPTIONS,
     Captioner,
@@ -149,13 +150,15 @@ class Trial:
     dataset: str
     metric: str  # the number that is compared
     n: int       # test images
-    # model with a fresh head, prompt mode, seed, and changed options of the training → method → value in [0,1]
-    run: Callable[..., dict[str, float]]
+    # model with a fresh head, prompt mode, seed, and changed options of the training → method → what each image scored:
+    # (n,) numbers in [0,1], or (n,3,K) counts of pixels
+    run: Callable[..., dict[str, np.ndarray]]
 
-    def row(self, setting: str, method: str, value: float, seed: int) -> dict[str, Any]:
-        "One row of a results table."
+    def row(self, setting: str, method: str, scores: np.ndarray | None, seed: int) -> dict[str, Any]:
+        "One row of a results table, with the scores; without them it has no number."
+        value = float("nan") if scores is None else interval(scores, draws=1).mean
         values = (self.task, self.dataset, method, setting, self.metric, round(value, 5), seed, self.n)
-        return dict(zip(ROW, values, strict=True))
+        return dict(zip(ROW, values, strict=True)) | {"scores": scores}
 
 # %% ../../nbs/experiments/02_ablation.ipynb #bf4dbc07
 def _pooled_pyramid(model: Vermouth) -> Embed:
@@ -192,9 +195,10 @@ def _retrieval_trial(
         result = {}
         if _all_frozen(model):
             embeddings = embed_split(_pooled_pyramid(model), split, prompts[1:])
-            result["training-free"] = evaluate_sbir(*embeddings, split)["mAP@all"]
+            result["training-free"] = sbir_values(*embeddings, split)["mAP@all"]
         options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "lr": lr, "protocol": "ours"} | options
-        return {"U-head": run_sbir(model, split, prompts, **options)["mAP@all"]} | result
+        train_sbir(model, split, prompts[0], quiet=True, **options)
+        return {"U-head": sbir_values(*embed_split(model.embed, split, prompts[1:]), split)["mAP@all"]} | result
 
     return Trial("sbir", dataset, "mAP@all", len(split_of(0).test_sketches), run)
 
@@ -217,13 +221,14 @@ def _few_shot_trial(
         reading = read_study(model, items, prompter(items, mode, data.names, data.names, seed), fit=fit, flip=flip)
         options = {"epochs": 5 * epochs, "batch_size": batch_size, "lr": lr, "protocol": "ours"} | options
         classes = few_shot_classes(model, data, options["protocol"], **text or {})
-        head = {"U-head": few_shot_accuracy(model, data, shots, seed, reading=reading, classes=classes, **options)}
+        scores, labels = few_shot_scores(model, data, shots, seed, reading=reading, classes=classes, **options)
+        head = {"U-head": hits(scores, labels)}
         if not _all_frozen(model):
             return head
-        vectors, labels = pooled_levels(reading), [item.label for item in items]
+        vectors = pooled_levels(reading)
         train, test = reading.rows(data.shots(shots, seed)), reading.rows(data.test)
-        near = nearest_class_mean(vectors[train], [labels[i] for i in train], vectors[test])
-        return head | {"training-free": accuracy(near, [labels[i] for i in test])}
+        near = nearest_class_mean(vectors[train], [items[i].label for i in train], vectors[test])
+        return head | {"training-free": hits(near, [items[i].label for i in test])}
 
     return Trial("fewshot", dataset, "accuracy", len(data.test), run)
 
@@ -244,7 +249,9 @@ def _segmentation_trial(
         split = split_of(seed)
         prompts = [prompter(items, mode, seed=10 * seed + i) for i, items in enumerate((split.train, split.test))]
         schedule = {"epochs": min(epochs, 6), "batch_size": max(1, batch_size // 8), "seed": seed} | options
-        return {"pixel head": run_segmentation(model, split, prompts, **schedule)["mIoU"]}
+        model.add_segmentation_head(seed=seed)
+        train_segmentation(model, split, prompts[0], quiet=True, **schedule)
+        return {"pixel head": confusion_counts(model_labeller(model), split, prompts[1])[0]}
 
     return Trial("segmentation", dataset, "mIoU", len(split_of(0).test), run)
 
@@ -335,7 +342,7 @@ def sweep(
     # name → changed arguments of `Ablation.model`; prompt: any of `PROMPT_MODES`, or "published"; train: task → options
     settings: dict[str, dict[str, Any]],
     seeds: Sequence[int],                 # of shots, weights and batches
-) -> pd.DataFrame:                        # rows for `experiments.tables.append_rows`
+) -> pd.DataFrame:                        # rows for `tables.append_rows`, with intervals, means and `scores`
     "Every setting on every task with every seed; `train`: changed options by task, which leaves the others out."
     rows = []
     runs = [
@@ -349,7 +356,7 @@ def sweep(
             changes = {"prompt": "caption", "train": {}} | settings[name]
             mode, train = changes.pop("prompt"), changes.pop("train").get(trial.task, {})
             bar.set_description(f"{name}, {trial.task}, seed {seed}")
-            values = trial.run(ablation.model(seed, **changes), mode, seed, **train)
-            rows += [trial.row(name, method, value, seed) for method, value in values.items()]
+            scores = trial.run(ablation.model(seed, **changes), mode, seed, **train)
+            rows += [trial.row(name, method, each, seed) for method, each in scores.items()]
             bar.update()
-    return pd.DataFrame(rows)
+    return pd.DataFrame(with_intervals(rows))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -17,56 +18,63 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vermouth.core import choose
-from vermouth.experiments.tables import append_rows
+from vermouth.experiments.tables import append_rows, with_interval
+from vermouth.metrics import Interval, paired_difference
 from vermouth.visualize import OKABE_ITO, label_ends
 
 # %% ../../nbs/experiments/01_report.ipynb #65264b88
-def _by_seed(
-    rows: pd.DataFrame,  # from `sweep`
-    method: str = "U-head",
-) -> pd.DataFrame:       # percent; one row per setting in the order of the run, columns (task, seed)
-    "One method's numbers as a wide table."
-    rows = rows[rows.method == method]
-    table = rows.pivot_table(index="setting", columns=["task", "seed"], values="value", sort=False)
-    return 100 * table.reindex(list(dict.fromkeys(rows.setting)))
+def means(
+    rows: pd.DataFrame,  # from `sweep`, or of a table
+) -> pd.DataFrame:       # one row per task, metric, setting and method, in the order of the run
+    "Of each number the row with the most seeds: the mean, or the one seed's."
+    same = ["task", "metric", "setting", "method"]
+    last = rows.sort_values("seeds", kind="stable").drop_duplicates(same, keep="last")
+    order = {setting: i for i, setting in enumerate(dict.fromkeys(rows.setting))}
+    return last.sort_values("setting", key=lambda names: names.map(order), kind="stable")
 
 # %% ../../nbs/experiments/01_report.ipynb #805d821a
 def summary(
-    rows: pd.DataFrame,  # from `sweep`
+    rows: pd.DataFrame,  # from `sweep`, or of a table
 ) -> pd.DataFrame:       # text in percent, one row per setting, columns (task, method)
-    "The table of an ablation: mean over seeds ± half of their range."
-    tables = {}
-    for task, method in dict.fromkeys(zip(rows.task, rows.method, strict=True)):
-        wide = _by_seed(rows[rows.task == task], method)[task]
-        half = (wide.max(axis=1) - wide.min(axis=1)) / 2
-        tables[task, method] = {name: f"{mean:.1f} ± {half[name]:.1f}" for name, mean in wide.mean(axis=1).items()}
-    return pd.DataFrame(tables).reindex(list(dict.fromkeys(rows.setting))).fillna("")
+    "The table of an ablation: the mean over seeds with its 95 % interval."
+    text: dict[tuple, dict] = {key: {} for key in dict.fromkeys(zip(rows.task, rows.method, strict=True))}
+    for row in means(rows).itertuples():
+        text[row.task, row.method][row.setting] = with_interval(row)
+    return pd.DataFrame(text).reindex(list(dict.fromkeys(rows.setting))).fillna("")
 
 # %% ../../nbs/experiments/01_report.ipynb #19a40b35
-def _verdict(
-    points: pd.Series,   # seed → difference in points
-    least: float = 1.0,  # points that matter
-) -> str:                # "yes", "no, the opposite" or "not decided", with the numbers
-    "Equation (1) in words; one seed decides nothing."
-    mean, spread = points.mean(), points.max() - points.min()
-    same_sign = points.gt(0).all() or points.lt(0).all()
-    decided = len(points) > 1 and abs(mean) > max(spread, least) and same_sign
-    word = ("yes" if mean > 0 else "no, the opposite") if decided else "not decided"
-    return f"{word} ({mean:+.1f} points; by seed {', '.join(f'{p:+.1f}' for p in points)})"
+def _scores(rows: pd.DataFrame, column: str, name: str) -> np.ndarray:  # (S,Q) or (S,Q,3,K), by seed
+    "Return what each seed scored. Raises VermouthError for a name that was not run."
+    choose(column, name, dict.fromkeys(rows[column]))
+    part = rows[(rows[column] == name) & (rows.seeds == 1)].drop_duplicates("seed", keep="last")
+    return np.stack(part.sort_values("seed").scores.tolist())
 
-# %% ../../nbs/experiments/01_report.ipynb #4f3c0ae2
-def _compare(
-    rows: pd.DataFrame,  # of one task
-    better: str,         # a setting
-    other: str,          # another
-    method: str = "U-head",
-) -> str:                # from `_verdict`
-    "Is one setting better than the other, seed by seed? Raises VermouthError for a setting that was not run."
-    table = _by_seed(rows, method)
-    for setting in (better, other):
-        choose("setting", setting, table.index)
-    points = (table.loc[better] - table.loc[other])[rows.task.iloc[0]]
-    return _verdict(points, min(1.0, table.loc[[better, other]].mean(axis=1).max() / 20))
+# %% ../../nbs/experiments/01_report.ipynb #af003fcb
+def difference(
+    rows: pd.DataFrame,  # of one task, metric, and either one method or one setting
+    better: str,
+    other: str,
+    column: str = "setting",  # what tells the two apart: setting or method
+) -> Interval:           # of the first minus the second
+    "Compare two settings or methods within each seed and query."
+    pair = [_scores(rows, column, name) for name in (better, other)]
+    statistic = rows.statistic.iloc[0] if "statistic" in rows else None
+    seeds = max(map(len, pair))  # what no seed changes was measured once
+    a, b = (x if len(x) == seeds else np.repeat(x[:1], seeds, axis=0) for x in pair)
+    return paired_difference(a, b, statistic=statistic)
+
+# %% ../../nbs/experiments/01_report.ipynb #7c411028
+_WORDS = {"ahead": "yes", "behind": "no, the opposite", "level": "not decided"}
+
+
+def in_points(d: Interval) -> str:
+    "Return a difference in points with its interval."
+    return f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+
+
+def _verdict(d: Interval) -> str:
+    "Equation (1) in words."
+    return f"{_WORDS[d.verdict]}: {in_points(d)}"
 
 # %% ../../nbs/experiments/01_report.ipynb #8f991416
 def claims(
@@ -77,8 +85,22 @@ def claims(
     verdicts = {}
     for (task, method), part in rows.groupby(["task", "method"], sort=False):
         known = {claim: pair for claim, pair in pairs.items() if set(pair) <= set(part.setting)}
-        verdicts[task, method] = {claim: _compare(part, *pair, method) for claim, pair in known.items()}
+        verdicts[task, method] = {claim: _verdict(difference(part, *pair)) for claim, pair in known.items()}
     return pd.DataFrame(verdicts).reindex(pairs).dropna(how="all").fillna("")
+
+# %% ../../nbs/experiments/01_report.ipynb #6a0dee32
+def smallest_difference(
+    rows: pd.DataFrame,  # from `sweep`
+) -> str:
+    "Say for each task and method which difference of two settings the run can tell from none: half an interval."
+    parts = []
+    for (task, method), part in rows.groupby(["task", "method"], sort=False):
+        first, *others = dict.fromkeys(part.setting)
+        each = [difference(part, other, first) for other in others]
+        if each:
+            half = 50 * np.median([d.high - d.low for d in each])
+            parts.append(f"{task}, {method}: {half:.1f}")
+    return "Differences of two settings that can be told from none, in points: " + "; ".join(parts) + "."
 
 # %% ../../nbs/experiments/01_report.ipynb #e93f44f7
 def peak(
@@ -86,10 +108,26 @@ def peak(
     method: str = "U-head",
 ) -> dict[str, str]:
     "The best setting, and those that the seeds do not distinguish from it."
-    mean = _by_seed(rows, method).mean(axis=1)
+    rows = rows[rows.method == method]
+    mean = 100 * means(rows).set_index("setting").value
     best = mean.idxmax()
-    level = [name for name in mean.index if name != best and not _compare(rows, best, name, method).startswith("yes")]
+    level = [name for name in mean.index if name != best and difference(rows, best, name).verdict != "ahead"]
     return {"best": best, "per cent": f"{mean[best]:.1f}", "not told from it": ", ".join(level)}
+
+# %% ../../nbs/experiments/01_report.ipynb #81e8e56a
+def standing(
+    rows: pd.DataFrame,     # of one task, setting and metric; several methods
+    first: str,             # the method that the others are compared with
+    marked: str = "value",  # name of the column of numbers
+) -> pd.DataFrame:          # text in percent; one row per method
+    "Each method with its interval, and whether it is ahead of the first, level or behind."
+    table, known = {}, rows[rows.scores.notna()]
+    for row in means(rows).itertuples():
+        table[row.method] = {marked: with_interval(row), f"against {first}": ""}
+        if row.method != first and row.method in set(known.method):
+            d = difference(known, row.method, first, "method")
+            table[row.method][f"against {first}"] = f"{d.verdict}: {in_points(d)}"
+    return pd.DataFrame.from_dict(table, orient="index")
 
 # %% ../../nbs/experiments/01_report.ipynb #75cf7b04
 _COLOURS = {"U-head": "#0072B2", "training-free": "#999999", "pixel head": "#D55E00"}
@@ -126,17 +164,18 @@ def _share_legend(fig: Figure, axs: Sequence[Axes]) -> None:
 def dots(
     rows: pd.DataFrame,  # from `sweep`
 ) -> Figure:
-    "A picture of an ablation: a line per setting, a dot per seed, a bar at the mean."
+    "A picture of an ablation: a line per setting, a dot per seed, a bar at the mean with its 95 % interval."
     settings, methods = list(dict.fromkeys(rows.setting)), list(dict.fromkeys(rows.method))
     fig, panels = _panels(rows, 1.1 + 0.28 * len(settings), sharey=True)
     dot = {"size": 5, "alpha": 0.7, "jitter": False}
     for ax, part in panels:
         order = {"order": settings, "hue_order": [m for m in methods if m in set(part.method)]}
-        sns.stripplot(part, x="percent", y="setting", hue="method", palette=_COLOURS, ax=ax, **order, **dot)
-        for method in dict.fromkeys(part.method):
-            mean = part[part.method == method].groupby("setting").percent.mean()
-            y = [settings.index(name) for name in mean.index]
-            ax.scatter(mean, y, marker="|", s=150, color=_COLOURS[method], zorder=3)
+        single = part[part.seeds == 1]
+        sns.stripplot(single, x="percent", y="setting", hue="method", palette=_COLOURS, ax=ax, **order, **dot)
+        for row in means(part).itertuples():
+            y, colour = settings.index(row.setting), _COLOURS[row.method]
+            ax.scatter(row.percent, y, marker="|", s=150, color=colour, zorder=3)
+            ax.plot([100 * row.low, 100 * row.high], [y, y], color=colour, lw=1.2, alpha=0.7)
         ax.set(xlabel=f"{part.metric.iloc[0]}, %", ylabel="", ylim=(len(settings) - 0.5, -0.5))
     _share_legend(fig, [ax for ax, _ in panels])
     return fig
@@ -148,12 +187,14 @@ def curves(
     xlabel: str,                          # what the axis is
     style: dict[str, str] | None = None,  # setting → line, where several share a place
 ) -> Figure:
-    "The mean over seeds against a number, the seeds' range as a band."
+    "The mean over seeds against a number, with its 95 % interval as a band."
     fig, panels = _panels(rows, 3.2, sharey=False)
     for ax, part in panels:
-        part = part.assign(at=part.setting.map(at), line=part.setting.map(style) if style else "")
-        lines = {"palette": _COLOURS, "errorbar": ("pi", 100), "marker": "o", "style": "line" if style else None}
+        part = means(part).assign(at=lambda r: r.setting.map(at), line=lambda r: r.setting.map(style or {}).fillna(""))
+        lines = {"palette": _COLOURS, "errorbar": None, "marker": "o", "style": "line" if style else None}
         sns.lineplot(part, x="at", y="percent", hue="method", ax=ax, **lines)
+        for (method, _), line in part.sort_values("at").groupby(["method", "line"], sort=False):
+            ax.fill_between(line["at"], 100 * line.low, 100 * line.high, color=_COLOURS[method], alpha=0.15, lw=0)
         ax.set(xlabel=xlabel, ylabel=f"{part.metric.iloc[0]}, %")
     _share_legend(fig, [ax for ax, _ in panels])
     return fig

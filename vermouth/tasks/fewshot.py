@@ -59,7 +59,7 @@ from ..diffusion import check_timesteps
 from ..expert import load_expert
 from ..hooks import pyramid
 from ..images import FITS, centre_crop, image_batch
-from ..metrics import accuracy
+from ..metrics import accuracy, hits, interval
 from ..model import Vermouth
 from ..store import FeatureStore
 from ..text import Clip, class_embeddings, class_prompts, first_alike, templates_for
@@ -364,7 +364,7 @@ def tuned_scores(
     return torch.cat(logits), [item.label for item in test]
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #a8b84dec
-def few_shot_accuracy(
+def few_shot_scores(
     model: Vermouth,                       # left as it is
     data: FewShotData,
     shots: int = 16,                       # images per class
@@ -377,17 +377,28 @@ def few_shot_accuracy(
     classes: Tensor | None = None,         # (K,D); None: the protocol's
     train_norms: bool = False,             # train the U-Net's normalisation layers too: an ablation, for small data
     **options: Any,                        # of `train_few_shot`: protocol, and what `train_head` takes
-) -> float:                                # in [0,1]
-    "Train on a few shots and measure on the whole test set: one point of a table."
+) -> tuple[Tensor, list[int]]:             # (M,K) logits and M labels of the test set
+    "Train on a few shots and score the whole test set."
     reading = reading or read_study(model, study_items(data, (shots,), (seed,)), prompts)
     if classes is None:
         classes = few_shot_classes(model, data, options.get("protocol"))
     if train_norms:
         options |= {"protocol": options.get("protocol") or model.protocol, "epochs": epochs}
         options |= {"batch_size": batch_size, "lr": lr}
-        return accuracy(*tuned_scores(model, data, reading, shots, seed, classes, **options))
+        return tuned_scores(model, data, reading, shots, seed, classes, **options)
     trained = train_few_shot(model, data, reading, shots, seed, epochs, batch_size, lr, classes, **options)
-    return accuracy(*score_test_set(trained, data, reading, classes=classes))
+    return score_test_set(trained, data, reading, classes=classes)
+
+# %% ../../nbs/tasks/01_fewshot.ipynb #a9ea9a20
+def few_shot_accuracy(
+    model: Vermouth,   # left as it is
+    data: FewShotData,
+    shots: int = 16,   # images per class
+    seed: int = 1,     # of shots, weights and batches
+    **options: Any,    # of `few_shot_scores`: epochs, batch_size, lr, reading, prompts, classes, protocol, …
+) -> float:            # in [0,1]
+    "Train on a few shots and measure on the whole test set: one point of a table."
+    return accuracy(*few_shot_scores(model, data, shots, seed, **options))
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #de8111fa
 def pooled_levels(
@@ -424,8 +435,8 @@ def scored_row(
     labels: Sequence[int],  # M classes
 ) -> Row:
     "Return the row of one measurement."
-    hits = (scores.argmax(1).cpu() == torch.as_tensor(labels)).numpy()
-    return {"method": method, "shots": shots, "seed": seed, "accuracy": accuracy(scores, labels), "hits": hits}
+    right = hits(scores, labels)
+    return {"method": method, "shots": shots, "seed": seed, "accuracy": right.mean().item(), "hits": right}
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #0e09e26b
 def _zero_shot_row(
@@ -691,13 +702,23 @@ def count_passes(
     again = sum(n * k * len(data.names) + len(data.test) for k, n in epochs.items()) * len(seeds)
     return len(study_items(data, epochs, seeds)), again
 
+# %% ../../nbs/tasks/01_fewshot.ipynb #b039be58
+def study_intervals(
+    rows: Sequence[Row],  # from `baseline_rows` and `trained_rows`
+) -> pd.DataFrame:        # percent; rows (method, shots), columns mean, low, high
+    "Return the accuracy of each method with its 95 % interval over seeds and test images."
+    hits = pd.DataFrame(rows).groupby(["method", "shots"], sort=False).hits.agg(list)
+    cells = {key: [100 * x for x in interval(np.stack(each))] for key, each in hits.items()}
+    names = pd.MultiIndex.from_tuples(cells, names=["method", "shots"])
+    return pd.DataFrame(list(cells.values()), names, ["mean", "low", "high"])
+
 # %% ../../nbs/tasks/01_fewshot.ipynb #3518a0a3
 def study_table(
     rows: Sequence[Row],  # from `baseline_rows` and `trained_rows`
-) -> pd.DataFrame:        # methods × shots, "mean ± standard deviation" in percent
-    "Return the table of a study; the deviation is over seeds."
-    cells = pd.DataFrame(rows).groupby(["method", "shots"], sort=False).accuracy.agg(["mean", "std"]).mul(100)
-    text = [f"{m:.1f}" if pd.isna(s) else f"{m:.1f} ± {s:.1f}" for m, s in cells.to_numpy()]
+) -> pd.DataFrame:        # methods × shots, "mean [low, high]" in percent
+    "Return the table of a study, with 95 % intervals over seeds and test images."
+    cells = study_intervals(rows)
+    text = [f"{m:.1f} [{low:.1f}, {high:.1f}]" for m, low, high in cells.to_numpy()]
     table = pd.Series(text, cells.index).unstack("shots").reindex(pd.unique(pd.Series([r["method"] for r in rows])))
     return table.reindex(columns=sorted(table.columns)).fillna("").rename(columns={0: "no shots"})
 
@@ -706,14 +727,15 @@ def study_curves(
     rows: Sequence[Row],         # from `baseline_rows` and `trained_rows`
     marked: Sequence[str] = (),  # methods that are not results, drawn dashed
 ) -> Figure:
-    "Draw accuracy against shots, with the deviation over seeds; methods without shots are level lines."
+    "Draw accuracy against shots, with 95 % intervals; methods without shots are level lines."
     table, fig = pd.DataFrame(rows), Figure(figsize=(9.4, 4.8), layout="constrained")
     ax, trained = fig.subplots(), table[table.shots > 0]
     for i, (name, part) in enumerate(trained.groupby("method", sort=False)):
-        each = part.groupby("shots").accuracy.agg(["mean", "std"]).mul(100).fillna(0)
+        each = study_intervals(part.to_dict("records")).loc[name]
+        whiskers = [each["mean"] - each.low, each.high - each["mean"]]
         line = "--" if name in marked else "-" if i < len(OKABE_ITO) else "-."
         style: dict[str, Any] = {"ls": line, "color": OKABE_ITO[i % len(OKABE_ITO)], "lw": 2.2 if i == 0 else 1.2}
-        ax.errorbar(each.index, each["mean"], each["std"], label=name, marker="os^vD"[i % 5], ms=4, capsize=2, **style)
+        ax.errorbar(each.index, each["mean"], whiskers, label=name, marker="os^vD"[i % 5], ms=4, capsize=2, **style)
     for i, row in enumerate(table[table.shots == 0].itertuples()):
         ax.axhline(100 * row.accuracy, ls=(":", (0, (1, 3)))[i % 2], c="k", lw=1, label=row.method)
     ticks = sorted(set(trained.shots))

@@ -50,7 +50,6 @@ from vermouth.metrics import (
     average_precision,
     chance_average_precision,
     ranked_hits,
-    retrieval_metrics,
     retrieval_values,
 )
 from ..model import Vermouth
@@ -101,6 +100,19 @@ def train_sbir(
     return train_head(model, maps, labels, classes, groups, epochs, lr=lr, seed=seed, log=log, quiet=quiet, **options)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #1139cd60
+def sbir_values(
+    queries: Tensor,                 # (Q,D) features of the unseen sketches
+    gallery: Tensor,                 # (N,D) features of the unseen photos
+    split: SketchSplit,
+    ks: Sequence[int] = (100, 200),  # those larger than the gallery are left out
+) -> dict[str, np.ndarray]:          # "mAP@all", "mAP@all, class mean", "mAP@100", "P@100", … → (Q,)
+    "Return the retrieval numbers of each query; their means are those of the method."
+    labels = [[item.label for item in items] for items in (split.test_sketches, split.test_photos)]
+    ks = [k for k in ks if k <= len(gallery)]
+    values = retrieval_values(queries, gallery, labels[0], labels[1], ks, interpolated=True, by_class=True)
+    return {name: each.cpu().numpy() for name, each in values.items()}
+
+# %% ../../nbs/tasks/00_sbir.ipynb #7ddca233
 def evaluate_sbir(
     queries: Tensor,                 # (Q,D) features of the unseen sketches
     gallery: Tensor,                 # (N,D) features of the unseen photos
@@ -108,9 +120,7 @@ def evaluate_sbir(
     ks: Sequence[int] = (100, 200),  # those larger than the gallery are left out
 ) -> dict[str, float]:               # "mAP@all", "mAP@all, class mean", "mAP@100", "P@100", …
     "Return the retrieval numbers of one method, each in [0,1]."
-    labels = [[item.label for item in items] for items in (split.test_sketches, split.test_photos)]
-    ks = [k for k in ks if k <= len(gallery)]
-    return retrieval_metrics(queries, gallery, labels[0], labels[1], ks, interpolated=True, by_class=True)
+    return {name: each.mean().item() for name, each in sbir_values(queries, gallery, split, ks).items()}
 
 # %% ../../nbs/tasks/00_sbir.ipynb #f263ad99
 def embed_split(
@@ -347,12 +357,10 @@ class SbirRun:
     vectors: dict[str, tuple[Tensor, Tensor]]  # features of both, by method
     table: pd.DataFrame                        # one row of numbers per method
 
-    def precisions(self) -> dict[str, np.ndarray]:  # method → (Q,)
-        "Return the average precision of each query."
-        sketches = [item.label for item in self.split.test_sketches]
-        photos = [item.label for item in self.split.test_photos]
-        values = {name: retrieval_values(*pair, sketches, photos, ()) for name, pair in self.vectors.items()}
-        return {name: each["mAP@all"].numpy() for name, each in values.items()}
+    def values(self) -> dict[tuple[str, str], np.ndarray]:  # (method, metric) → (Q,)
+        "Return what each query scored."
+        each = {method: sbir_values(*pair, self.split) for method, pair in self.vectors.items()}
+        return {(method, metric): x for method, numbers in each.items() for metric, x in numbers.items()}
 
 # %% ../../nbs/tasks/00_sbir.ipynb #ab7f451b
 PLUS, START = "Vermouth+ (ours)", "ridge start (ours)"

@@ -28,7 +28,7 @@ from ..data.extraction import image_of, in_chunks, item_ids
 from ..data.masks import MaskItem, pair
 from ..data.segmentation import MaskSplit, MaskView, random_views
 from ..images import image_batch, image_tensor
-from ..metrics import class_iou, confusion
+from ..metrics import Statistic, class_ious, confusion, mean_of_ious
 from ..model import Vermouth
 from ..seghead import DenseHead, label_map, pixel_loss
 from ..text import Clip, class_words, label_embeddings, segmentation_text, text_embeddings
@@ -255,7 +255,7 @@ def model_labeller(
     return label
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #85c12319
-Counts = tuple[Tensor, Tensor]  # (K,K) truth × prediction with all names; (U,U) of unseen classes alone
+Counts = tuple[np.ndarray, np.ndarray]  # (N,3,K) with all names; (N,3,U) of unseen classes alone
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #23ed1060
 def confusion_counts(
@@ -263,54 +263,69 @@ def confusion_counts(
     split: MaskSplit,
     prompts: Sequence[str],  # of split.test
     title: str = "",         # of the progress bar; empty shows none
-) -> tuple[Tensor, Tensor]:  # (K,K) truth × prediction with all names; (U,U) of unseen classes alone
-    "Count the pixels of all test images by true and predicted class."
+) -> tuple[np.ndarray, np.ndarray]:  # (N,3,K) right, predicted, true; (N,3,U) of the unseen names alone
+    "Count the pixels of each test image by class."
     number = np.full(65536, split.ignore_index)
     number[list(split.unseen)] = np.arange(len(split.unseen))
     unseen = [split.names[k] for k in split.unseen]
     lists = [split.names, unseen] if unseen else [split.names]
-    counts = [torch.zeros(len(names), len(names), dtype=torch.long) for names in (split.names, unseen)]
+    counts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     done = 0
     for images, chunk_prompts in in_chunks(split.test, list(prompts), title, chunk=32):
         truth = [item.mask.astype(np.int64) for item in split.test[done : done + len(images)]]
         labels = label(images, chunk_prompts, lists)
-        for count, maps, true in zip(counts, labels, (truth, [number[t] for t in truth])):
-            for p, t in zip(maps, true):
-                count += confusion(p, t, len(count), split.ignore_index)
+        for count, maps, true, names in zip(counts, labels, (truth, [number[t] for t in truth]), lists):
+            matrices = [confusion(p, t, len(names), split.ignore_index) for p, t in zip(maps, true)]
+            count += [torch.stack([m.diag(), m.sum(0), m.sum(1)]).numpy() for m in matrices]
         done += len(images)
-    return counts[0], counts[1]
+    return np.stack(counts[0]), np.stack(counts[1]) if counts[1] else np.zeros((done, 3, 0), int)
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #1f15c79e
+def segmentation_statistics(split: MaskSplit) -> dict[str, tuple[int, Statistic]]:
+    "Return of each number which of the two counts it is of, and how it comes from (…,3,K) of them."
+
+    def mean_of(labels: Sequence[int]) -> Statistic:
+        return lambda counts: mean_of_ious(counts[..., list(labels)])
+
+    def harmonic(counts: np.ndarray) -> np.ndarray:
+        s, u = mean_of(split.seen)(counts), mean_of(split.unseen)(counts)
+        return 2 * s * u / np.maximum(s + u, 1e-12)
+
+    def pixels(counts: np.ndarray) -> np.ndarray:
+        return counts[..., 0, :].sum(-1) / np.maximum(counts[..., 2, :].sum(-1), 1e-12)
+
+    numbers: dict[str, tuple[int, Statistic]] = {}
+    if split.unseen and split.seen:
+        numbers = {"mIoU seen": (0, mean_of(split.seen)), "mIoU unseen": (0, mean_of(split.unseen))}
+        numbers["harmonic mean"] = 0, harmonic
+    numbers |= {"mIoU": (0, mean_of_ious), "pixel accuracy": (0, pixels)}
+    return numbers | ({"mIoU unseen alone": (1, mean_of_ious)} if split.unseen and split.seen else {})
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #c655eccc
 def segmentation_scores(
-    counts: tuple[Tensor, Tensor],  # from `confusion_counts`
+    counts: tuple[np.ndarray, np.ndarray],  # from `confusion_counts`
     split: MaskSplit,
-) -> dict[str, float]:              # each in [0,1]
+) -> dict[str, float]:                      # each in [0,1]
     "Return mean IoU over the classes that occur, and pixel accuracy. Raises VermouthError without labelled pixels."
-    everything, alone = counts
-    if not everything.any():
+    if not counts[0].any():
         raise VermouthError("split: no labelled pixel among the test images. Take other images.")
-    iou = class_iou(everything)
-    scores = {"mIoU": iou.nanmean().item(), "pixel accuracy": (everything.diag().sum() / everything.sum()).item()}
-    if not split.unseen or not split.seen:
-        return scores
-    s, u = (iou[list(part)].nanmean().nan_to_num().item() for part in (split.seen, split.unseen))
-    by_part = {"mIoU seen": s, "mIoU unseen": u, "harmonic mean": 2 * s * u / max(s + u, 1e-12)}
-    return by_part | scores | {"mIoU unseen alone": class_iou(alone).nanmean().nan_to_num().item()}
+    statistics = segmentation_statistics(split)
+    return {name: float(number(counts[part].sum(0))) for name, (part, number) in statistics.items()}
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #489bbc0d
 def per_class(
-    counts: dict[str, Tensor],  # method → (K,K), the first of `confusion_counts`
+    counts: dict[str, np.ndarray],  # method → (N,3,K), the first of `confusion_counts`
     split: MaskSplit,
-) -> pd.DataFrame:              # one row per class that occurs in the truth, highest IoU first
+) -> pd.DataFrame:                  # one row per class that occurs in the truth, highest IoU first
     "Return the IoU of every class under every method, and the class's share of the labelled pixels."
-    pixels = next(iter(counts.values())).sum(1)
+    pixels = next(iter(counts.values())).sum(0)[2]
     table = pd.DataFrame(
-        {name: class_iou(count).nan_to_num().numpy() for name, count in counts.items()},
+        {name: np.nan_to_num(class_ious(count.sum(0))) for name, count in counts.items()},
         index=[words[0] for words in class_words(split.names)],
     )
     table.insert(0, "split", ["unseen" if k in split.unseen else "seen" for k in range(len(split.names))])
-    table.insert(1, "pixels", (pixels / pixels.sum()).numpy())
-    return table[pixels.numpy() > 0].sort_values(["split", table.columns[2]], ascending=[True, False])
+    table.insert(1, "pixels", pixels / pixels.sum())
+    return table[pixels > 0].sort_values(["split", table.columns[2]], ascending=[True, False])
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #27e72f70
 def naming_prompts(
