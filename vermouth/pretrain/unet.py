@@ -44,8 +44,8 @@ NOISE_CONFIG = {
     "set_alpha_to_one": False,
     "clip_sample": False,
 }
-UNET_SCHEDULE = Schedule(steps=5200, batch_size=48, lr=8e-4, ema=0.999)            # 250,000 images: 48 min on one core
-GPU_SCHEDULE = Schedule(steps=3200, batch_size=512, lr=1.5e-3, ema=0.9995)          # 1.6 million: of `longer/unet`
+UNET_SCHEDULE = Schedule(steps=5200, batch_size=48, lr=8e-4, ema=0.999)    # 250,000 images: 48 min on one core
+GPU_SCHEDULE = Schedule(steps=3200, batch_size=512, lr=1.5e-3, ema=0.9995)  # 1.6 million: the shipped weights
 LATENT_SHAPE = (4, 16, 16)
 DROP_CAPTION = 0.1  # share of empty prompts, for classifier-free guidance
 
