@@ -8,6 +8,8 @@ __all__ = ['CachedBackbone', 'PerImageNoise', 'Trial', 'Ablation', 'load_ablatio
 # %% ../../nbs/experiments/02_ablation.ipynb #107f0b9b
 import copy
 import hashlib
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,10 +42,12 @@ from vermouth.text import (
     Captioner,
     CaptionSettings,
     Clip,
+    class_embeddings,
     clip_for,
     load_captioner,
     load_clip,
     make_prompts,
+    text_embeddings,
 )
 
 # %% ../../nbs/experiments/02_ablation.ipynb #c8d5ba77
@@ -100,6 +104,31 @@ class PerImageNoise(CachedBackbone):
             pyramids.append(super()._compute(image[None], [prompt], None, own_seed))
         return [torch.cat(level) for level in zip(*pyramids, strict=True)]
 
+# %% ../../nbs/experiments/02_ablation.ipynb #af867234
+def named_class(caption: str, names: Sequence[str]) -> str | None:
+    "Return the class that a caption names, the longest name first."
+    by_length = sorted(names, key=len, reverse=True)
+    return next((name for name in by_length if re.search(rf"\b{re.escape(name)}\b", caption)), None)
+
+
+def captions_that_name(
+    captions: Sequence[str],  # one per item
+    items: Sequence[Item],
+    names: Sequence[str],     # the classes that may be named
+    share: float,             # of the captions that name the item's class, in [0,1]
+) -> list[str]:
+    "Change captions so that the stated share of them names the class, and the others a wrong one."
+    changed = []
+    for caption, item in zip(captions, items, strict=True):
+        rng, said = random.Random(item.key), named_class(caption, names)
+        right, wrong = rng.random() < share, rng.choice([name for name in names if name != item.name])
+        if said and (said == item.name) == right:
+            changed.append(caption)
+        else:
+            word = item.name if right else wrong
+            changed.append(caption.replace(said, word) if said else f"a photo of a {word}")
+    return changed
+
 # %% ../../nbs/experiments/02_ablation.ipynb #90cfd13a
 class _Prompter:
     "Prompts of every mode of `make_prompts`, and the paper's captions; no image is captioned twice by one of them."
@@ -111,9 +140,9 @@ class _Prompter:
     def __call__(
         self,
         items: Sequence[Item],
-        mode: str = "caption",           # one of `text.PROMPT_MODES`, or "published"
+        mode: str = "caption",           # one of `text.PROMPT_MODES`, "published", or "named 70 %" with any share
         names: Sequence[str] = (),       # by the items' labels: for oracle
-        candidates: Sequence[str] = (),  # class names that CLIP chooses from: for class
+        candidates: Sequence[str] = (),  # class names to choose from: for class and "named"
         seed: int = 0,                   # for random
     ) -> list[str]:                      # one per item
         if mode == "published":
@@ -125,7 +154,9 @@ class _Prompter:
             for images, _ in in_chunks(items, [""] * len(items)):
                 prompts += make_prompts(mode, images, clip=self.clip, names=candidates)
             return prompts
-        captions = self._captions(items, self._loaded(), self.captions) if mode in ("caption", "random") else None
+        captions = self._captions(items, self._loaded(), self.captions) if mode not in ("empty", "oracle") else None
+        if found := re.fullmatch(r"named (\d+) %", mode):
+            return captions_that_name(captions or [], items, candidates, int(found[1]) / 100)
         labels = [item.label for item in items] if mode == "oracle" else None
         options = {"captions": captions, "names": names, "labels": labels, "seed": seed}
         return make_prompts(mode, items, **options)  # type: ignore[arg-type] # only their number is read
@@ -183,6 +214,7 @@ def _retrieval_trial(
     epochs: int = 20,
     batch_size: int = 64,
     lr: float = 3e-3,
+    caption_only: bool = False,  # also what the prompts alone retrieve
 ) -> Trial:
     "Sketch-based retrieval of unseen classes."
     split_of = cache(lambda seed: sbir.load_sbir(dataset, root, shots, seed, limit))
@@ -196,6 +228,9 @@ def _retrieval_trial(
         if _all_frozen(model):
             embeddings = embed_split(_pooled_pyramid(model), split, prompts[1:])
             result["training-free"] = sbir_values(*embeddings, split)["mAP@all"]
+        if caption_only:
+            texts = [text_embeddings(part, prompter.clip) for part in prompts[1:]]
+            result["caption only"] = sbir_values(*texts, split)["mAP@all"]
         options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "lr": lr, "protocol": "ours"} | options
         train_sbir(model, split, prompts[0], quiet=True, **options)
         return {"U-head": sbir_values(*embed_split(model.embed, split, prompts[1:]), split)["mAP@all"]} | result
@@ -212,6 +247,7 @@ def _few_shot_trial(
     epochs: int = 20,          # five times as many are made
     batch_size: int = 64,
     lr: float = 3e-3,
+    caption_only: bool = False,  # also what the prompts alone say of the class, without shots
 ) -> Trial:
     "Few-shot classification."
     data = fewshot.load_fewshot(dataset, root, limit)
@@ -223,6 +259,9 @@ def _few_shot_trial(
         classes = few_shot_classes(model, data, options["protocol"], **text or {})
         scores, labels = few_shot_scores(model, data, shots, seed, reading=reading, classes=classes, **options)
         head = {"U-head": hits(scores, labels)}
+        if caption_only:
+            texts = text_embeddings([reading.prompts[i] for i in reading.rows(data.test)], prompter.clip)
+            head["caption only"] = hits(texts @ class_embeddings(data.names, prompter.clip).T, labels)
         if not _all_frozen(model):
             return head
         vectors = pooled_levels(reading)

@@ -29,8 +29,10 @@ def means(
     "Of each number the row with the most seeds: the mean, or the one seed's."
     same = ["task", "metric", "setting", "method"]
     last = rows.sort_values("seeds", kind="stable").drop_duplicates(same, keep="last")
-    order = {setting: i for i, setting in enumerate(dict.fromkeys(rows.setting))}
-    return last.sort_values("setting", key=lambda names: names.map(order), kind="stable")
+    for column in ("method", "setting"):
+        order = {name: i for i, name in enumerate(dict.fromkeys(rows[column]))}
+        last = last.sort_values(column, key=lambda names, order=order: names.map(order), kind="stable")
+    return last
 
 # %% ../../nbs/experiments/01_report.ipynb #805d821a
 def summary(
@@ -130,7 +132,7 @@ def standing(
     return pd.DataFrame.from_dict(table, orient="index")
 
 # %% ../../nbs/experiments/01_report.ipynb #75cf7b04
-_COLOURS = {"U-head": "#0072B2", "training-free": "#999999", "pixel head": "#D55E00"}
+_COLOURS = {"U-head": "#0072B2", "training-free": "#999999", "pixel head": "#D55E00", "caption only": "#E69F00"}
 _TITLES = {"sbir": "retrieval by drawing", "fewshot": "few-shot classification", "segmentation": "segmentation"}
 
 # %% ../../nbs/experiments/01_report.ipynb #b218e9ba

@@ -106,10 +106,10 @@ def with_intervals(
 
 def _interval_of(group: list[dict], mean: bool = False) -> dict:
     "Return the columns of `INTERVAL` of rows of one setting, and their mean's value and scores."
-    scores, statistic = [row.get("scores") for row in group], group[0].get("statistic")
-    if scores[0] is None:
+    scores = [row["scores"] for row in group if row.get("scores") is not None]
+    if not scores:
         return dict.fromkeys(INTERVAL[:2], float("nan")) | {"seeds": 1}
-    value, low, high = (round(x, 5) for x in interval(np.stack(scores), statistic=statistic))
+    value, low, high = (round(x, 5) for x in interval(np.stack(scores), statistic=group[0].get("statistic")))
     return {"low": low, "high": high, "seeds": len(group)} | ({"value": value, "scores": None} if mean else {})
 
 # %% ../../nbs/experiments/00_tables.ipynb #2bed29ca
@@ -128,9 +128,10 @@ def append_rows(
             allowed = f"{', '.join(ROW)}, and at most {', '.join(INTERVAL)}"
             raise VermouthError(f"rows: columns {sorted(row)}. Give {allowed}.")
     path = Path(path)
-    table = csv.DictWriter(text := io.StringIO(), [*ROW, *INTERVAL, *origin], restval="")
+    columns = [*ROW, *INTERVAL, *origin]
+    table = csv.DictWriter(text := io.StringIO(), columns, restval="")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _add_columns(path, table.fieldnames)
+    _add_columns(path, columns)
     with path.open("a+b", buffering=0) as f:  # in one write, so that runs beside each other do not mix their rows
         end = f.tell()
         f.seek(max(0, end - 1))
@@ -222,8 +223,10 @@ def protocol_of(setting: str) -> str:
 # %% ../../nbs/experiments/00_tables.ipynb #7ef8b5eb
 def with_interval(row: Any) -> str:  # of a table, with `value` and the columns of `INTERVAL`
     "Return a number in percent, its interval and how many seeds it has, as text."
-    bounds = "" if pd.isna(row.low) else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-    return f"{100 * row.value:.1f}{bounds}" + ("" if row.seeds > 1 else " (1 seed)")
+    if pd.isna(row.low):
+        return f"{100 * row.value:.1f}"
+    seeds = "" if row.seeds > 1 else " (1 seed)"
+    return f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]{seeds}"
 
 # %% ../../nbs/experiments/00_tables.ipynb #6a5ac6d3
 def by_protocol(

@@ -18,12 +18,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy import ndimage
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
 from ..baselines import kept_rows, maps_for, prompts_for, read_items, store_items, store_name
-from ..core import PROTOCOLS, VermouthError, choose, lock_of, seed_everything
+from ..core import PROTOCOLS, VermouthError, choose, lock_of, resize_maps, seed_everything
 from ..data.extraction import image_of, in_chunks, item_ids
 from ..data.masks import MaskItem, pair
 from ..data.segmentation import MaskSplit, MaskView, random_views
@@ -31,9 +32,9 @@ from ..images import image_batch, image_tensor
 from ..metrics import Statistic, class_ious, confusion, mean_of_ious
 from ..model import Vermouth
 from ..seghead import DenseHead, label_map, pixel_loss
-from ..text import Clip, class_words, label_embeddings, segmentation_text, text_embeddings
+from ..text import Clip, class_words, image_embeddings, label_embeddings, segmentation_text, text_embeddings
 from ..train import Features, LevelSubset, Targets, train_head
-from ..uhead import LOGITS
+from ..uhead import LOGITS, class_logits
 from ..visualize import class_legend, palette, tint
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #00701ed8
@@ -449,8 +450,100 @@ def train_expert_head(
     train_on_masks(head, maps, masks, split, model, seed=seed, quiet=quiet, **options)
     return head
 
+# %% ../../nbs/tasks/02_segmentation.ipynb #1a1d858b
+def background_classes(
+    split: MaskSplit,
+    share: float = 0.8,  # of the training images that show a class
+) -> list[int]:          # labels
+    "Return the seen classes that reach the image's edge in most images that show them."
+    shown, at_edge = np.zeros(65536, int), np.zeros(65536, int)
+    for item in split.train:
+        mask = item.mask
+        shown[np.unique(mask)] += 1
+        at_edge[np.unique(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]))] += 1
+    return [k for k in split.seen if at_edge[k] > share * (shown[k] + 1)]  # one more, for classes of few images
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #0665deb1
+def connected_parts(
+    inside: np.ndarray,                      # (H,W) bool
+    least: float,                            # pixels of a part
+) -> tuple[list[np.ndarray], np.ndarray]:    # (H,W) bool each; (H,W) number of the part that is nearest
+    "Cut a mask into its connected parts, without those that are too small; the whole image if none is left."
+    numbers, count = ndimage.label(inside)
+    sizes = np.bincount(numbers.ravel())
+    parts = [numbers == k for k in range(1, count + 1) if sizes[k] >= least] or [np.ones_like(inside)]
+    places = ndimage.distance_transform_edt(~np.any(parts, 0), return_distances=False, return_indices=True)
+    return parts, np.argmax(parts, 0)[tuple(places)]
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #0a1616e5
+def cut_out(
+    image: Tensor,         # (3,H,W) in [-1,1]
+    part: np.ndarray,      # (H,W) bool, not empty
+    space: float = 1.35,   # side of the square, in sides of the part
+) -> Tensor:               # (3,S,S)
+    "Return a square around a part of an image, grey outside the part."
+    rows, columns = np.nonzero(part)
+    box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+    height, width = part[box].shape
+    side = round(space * max(height, width))
+    top, left = (side - height) // 2, (side - width) // 2
+    square = image.new_zeros(3, side, side)
+    square[:, top : top + height, left : left + width] = image[:, *box] * torch.from_numpy(part[box])
+    return square
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #ff8f8746
+def _name_parts(
+    names: Sequence[str],
+    parts: Tensor,               # (P,K) cosines of the parts with the names
+    nearest: np.ndarray,         # (H,W) number of a part
+    grounds: dict[str, Tensor],  # (H,W) score of each background
+    inside: np.ndarray,          # (H,W) bool: not background
+) -> np.ndarray:                 # (H,W) indices of the names
+    objects = [i for i, name in enumerate(names) if name not in grounds]
+    behind = [i for i, name in enumerate(names) if name in grounds]
+    if not objects:
+        return np.array(behind)[torch.stack([grounds[n] for n in names]).argmax(0).numpy()]
+    labels = np.array(objects)[parts[:, objects].argmax(1).numpy()][nearest]
+    if not behind:
+        return labels
+    scores = torch.stack([grounds[names[i]] for i in behind])
+    return np.where(inside, labels, np.array(behind)[scores.argmax(0).numpy()])
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #0585f8cd
+def region_labeller(
+    vectors: Callable[[list, list[str]], Tensor],  # images and prompts → (B,D,h,w), as for `vector_labeller`
+    clip: Clip,
+    trained_on: MaskSplit,  # whose seen names the vectors were trained with
+    least: float = 0.005,   # of an image, for a part to be named
+    **text: Any,            # of `label_embeddings`, for the seen names
+) -> Labeller:
+    "Let CLIP name the parts of an image that are no background to a head; in a list without backgrounds, all pixels."
+    seen = [trained_on.names[k] for k in trained_on.seen]
+    behind = [trained_on.names[k] for k in background_classes(trained_on)]
+    classes = label_embeddings(seen, clip, **text)
+    known: dict[tuple, Tensor] = {}  # embeddings of each list of names
+
+    @torch.inference_mode()
+    def label(images, prompts, lists):
+        maps = [[] for _ in lists]
+        for image, pixels in zip(map(image_tensor, images), vectors(images, prompts)):
+            logits = resize_maps(class_logits(pixels[None], classes.to(pixels)), image.shape[-2:])[0]
+            shares = dict(zip(seen, logits.softmax(0).cpu()))
+            grounds = {name: shares[name] for name in behind}
+            inside = (sum(grounds.values(), torch.zeros(image.shape[-2:])) < 0.5).numpy()
+            parts, nearest = connected_parts(inside, least * inside.size)
+            found = image_embeddings([cut_out(image, part) for part in parts], clip, value_range=(-1, 1))
+            for labels, names in zip(maps, map(tuple, lists)):
+                if names not in known:
+                    known[names] = label_embeddings(names, clip)
+                labels.append(_name_parts(names, (found @ known[names].T).cpu(), nearest, grounds, inside))
+        return maps
+
+    return label
+
 # %% ../../nbs/tasks/02_segmentation.ipynb #0becc00d
 ORACLE = "oracle: prompts from the mask"
+REGIONS = "regions named by CLIP (ours)"
 UNTRAINED = ("cross-attention, untrained", "CLIP patches", "caption only")  # which no seed changes
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #7386729d
@@ -499,9 +592,12 @@ def compare_segmentation(
         if (network := first.expert) is None:
             raise VermouthError("expert: a head for it, but the first model has no expert. Pass expert=None.")
         text = segmentation_text(expert.protocol)
-        methods["expert only"] = vector_labeller(
-            lambda x, _: expert(network(image_batch(x, first.size), (-1, 1))), clip, **text
-        )
+        expert_vectors = lambda x, _: expert(network(image_batch(x, first.size), (-1, 1)))  # noqa: E731
+        methods["expert only"] = vector_labeller(expert_vectors, clip, **text)
+    if first.protocol == "ours" and first.size and split.names == trained_on.names:
+        methods[REGIONS] = region_labeller(first.pixel_vectors, clip, trained_on)
+        if expert is not None:
+            methods[f"expert only, {REGIONS}"] = region_labeller(expert_vectors, clip, trained_on)
     methods |= {
         "cross-attention, untrained": attention_labeller(first),
         "CLIP patches": vector_labeller(lambda images, _: clip_patches(images, clip), clip),
