@@ -35,7 +35,7 @@ OMP = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.path.dirn
 def workers():
     "Processes of this cluster that make shards."
     found = psutil.Process().children(recursive=True)
-    return [p for p in found if p.is_running() and any("MapWorker" in word for word in p.cmdline())]
+    return [p for p in found if p.is_running() and any("Lazy" in word for word in p.cmdline())]
 
 
 def kill_one(out):

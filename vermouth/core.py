@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import errno
 import hashlib
+import io
 import os
 import random
 import re
@@ -338,10 +339,31 @@ def fingerprint(
             digest.update(values.tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/library/00_core.ipynb #9912de39
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for who writes it
+
+
+def open_file(path: str | os.PathLike) -> io.BufferedReader:
+    "Open a regular file to read. Raises OSError, also for a pipe or a device."
+    f = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        f.close()
+        raise OSError(errno.EINVAL, "a pipe or a device, no file", str(path))
+    return f
+
+
+def read_file(path: str | os.PathLike, most: int = 2**32) -> bytes:
+    "Return the bytes of a regular file. Raises OSError, also for a pipe, a device, or one of more bytes."
+    with open_file(path) as f:
+        if (size := os.fstat(f.fileno()).st_size) > most:
+            raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+        return f.read(size)
+
 # %% ../nbs/library/00_core.ipynb #f11ed195
 def file_digest(path: str | os.PathLike) -> str:  # 64 hexadecimal digits
     "Return the sha256 of a file. Raises OSError."
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/library/00_core.ipynb #3855327d

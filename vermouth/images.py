@@ -7,11 +7,11 @@ __all__ = ['flatten', 'read_image', 'resize', 'image_tensor', 'image_batch', 'fi
 
 # %% ../nbs/library/01_images.ipynb #c0be6089
 import ctypes
+import errno
 import importlib.util
 import io
 import os
 import re
-import stat
 import struct
 import threading
 import time
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .core import VermouthError, choose, write_atomic
+from .core import VermouthError, choose, read_file, write_atomic
 
 # %% ../nbs/library/01_images.ipynb #cc39ce8d
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -75,19 +75,16 @@ def unread_kinds(
 MAX_BYTES = 2**29  # of a file
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for who writes it
-
-
 def read_bytes(path: str | os.PathLike) -> bytes:
     "Return the bytes of a file. Raises VermouthError if it is no regular file or too large, and OSError."
-    with open(path, "rb", opener=_open_at_once) as f:
-        found = os.fstat(f.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise VermouthError("images: neither a file nor a folder. Give an image file, no pipe or device.")
-        if found.st_size > MAX_BYTES:
-            raise VermouthError(f"images: more than {MAX_BYTES:,} bytes. Shrink it first.")
-        return f.read(found.st_size)
+    try:
+        return read_file(path, MAX_BYTES)
+    except OSError as e:
+        if e.errno == errno.EINVAL:
+            raise VermouthError("images: neither a file nor a folder. Give an image file, no pipe or device.") from e
+        if e.errno == errno.EFBIG:
+            raise VermouthError(f"images: more than {MAX_BYTES:,} bytes. Shrink it first.") from e
+        raise
 
 # %% ../nbs/library/01_images.ipynb #58600410
 MAX_PIXELS = 100_000_000  # larger images (decompression bombs) are refused before they are decoded

@@ -13,11 +13,17 @@ from vermouth import images
 from vermouth.app.check import check
 from vermouth.app.files import packed_images
 from vermouth.app.index import Index
+from vermouth.backbone import load_backbone
 from vermouth.checkpoint import find_lora
 from vermouth.core import VermouthError
 from vermouth.data.extraction import image_digest
+from vermouth.expert import load_expert
 from vermouth.images import jpeg_scans, png_without_texts, read_bytes, read_image
+from vermouth.model import Vermouth
+from vermouth.pretrain.common import family_folder
+from vermouth.text import load_captioner, load_clip
 
+TOYBOX = family_folder()
 ENDLESS = {
     "pipe.png": (os.mkfifo, "neither a file nor a folder"),
     "device.png": (lambda path: path.symlink_to("/dev/zero"), "neither a file nor a folder"),
@@ -145,5 +151,42 @@ def test_pipes_and_devices_in_the_place_of_models_and_indexes(tmp_path, door, de
         os.symlink("/dev/zero", tmp_path / name) if device else os.mkfifo(tmp_path / name)
     try:
         assert door(tmp_path).problems
+    except VermouthError as error:
+        assert "\n" not in str(error)
+
+
+def linked(source, folder, name, replace):
+    "A copy of a model's folder by links, with a pipe or a device in the place of one file."
+    for file in source.rglob("*"):
+        if file.is_file() and (path := folder / file.relative_to(source)) != folder / name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(file)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    replace(folder / name)
+    return folder
+
+
+LOADERS = {
+    "": lambda folder: load_backbone(folder, "cpu"),
+    "clip": lambda folder: load_clip(folder, "cpu"),
+    "captioner": lambda folder: load_captioner(folder, "cpu"),
+    "expert": lambda folder: load_expert(folder, device="cpu"),
+    "vermouth": lambda folder: Vermouth.load(folder, "cpu"),
+}
+OWN = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")  # of the backbone
+FILES = [
+    (part, str(file.relative_to(TOYBOX / part)))
+    for part in LOADERS
+    for file in sorted((TOYBOX / part).rglob("*"))
+    if file.is_file() and (part or file.relative_to(TOYBOX).parts[0] in OWN)
+]
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+@pytest.mark.parametrize(("part", "name"), FILES, ids="/".join)
+def test_a_model_with_a_pipe_or_a_device_for_a_file_is_refused_at_once(tmp_path, part, name, replace):
+    folder = linked(TOYBOX / part, tmp_path / "model", name, replace)
+    try:
+        LOADERS[part](str(folder))  # a file that nothing needs may be anything
     except VermouthError as error:
         assert "\n" not in str(error)

@@ -13,6 +13,7 @@ import torch
 from program import NAMES
 from traps import copy_head
 
+from vermouth.app.files import image_paths
 from vermouth.core import VermouthError
 from vermouth.data import arrow
 from vermouth.model import open_model
@@ -115,3 +116,22 @@ def test_a_card_of_a_classifier_with_odd_entries(linear, tmp_path, path, value):
     with pytest.raises(VermouthError) as error:
         open_model(str(tmp_path / "model"), "cpu")
     assert "\n" not in str(error.value)
+
+
+PATTERNS = {
+    "a billion names": "{0..999999999}.png",
+    "more digits than a number has": "{0.." + "9" * 30 + "}.png",
+    "a million and more by doubling": "{a,b}" * 30,
+    "hundreds of folders": "**/" * 300 + "*.png",
+    "stars": "*" * 3000,
+    "brackets": "[" * 5000,
+    "half a surrogate": "\udcff*.png",
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_that_stands_for_too_much_or_for_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VermouthError) as refused:
+        image_paths([PATTERNS[name]])
+    assert "\n" not in str(refused.value)

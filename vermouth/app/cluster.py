@@ -6,9 +6,15 @@
 __all__ = ['extract_on_ray']
 
 # %% ../../nbs/app/12_cluster.ipynb #9c24f33c
+import ipaddress
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,30 +30,162 @@ from ..store import FeatureStore, extract
 
 # %% ../../nbs/app/12_cluster.ipynb #640f13ee
 def load_ray() -> ModuleType:
-    "Ray, with its data sets. Raises VermouthError if it is not installed."
+    "Ray. Raises VermouthError if it is not installed."
     try:
         import ray
-        import ray.data
+        import ray.util
     except ImportError as e:
         raise VermouthError(
             "engine='ray': Ray is not installed. From the checkout run: pip install -e '.[ray]'."
         ) from e
     return ray
 
+# %% ../../nbs/app/12_cluster.ipynb #2491458b
+def private_settings() -> dict[str, str]:
+    "Ray's environment for a cluster that no other machine and no other user reaches, with a token of its own."
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the address of this machine is 127.0.0.1, as on these systems
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",      # the working folder is not copied
+    }
+
+# %% ../../nbs/app/12_cluster.ipynb #44221880
+def _read_again() -> None:
+    "Let Ray, which may be loaded already, read its settings from the environment."
+    with suppress(ImportError, AttributeError):
+        raylet = import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+# %% ../../nbs/app/12_cluster.ipynb #aa57b82d
+@contextmanager
+def _private_environment() -> Iterator[None]:
+    "These settings for a block; the caller's come back after it."
+    constants: Any = import_module("ray._private.ray_constants")
+    settings = private_settings()
+    before, enabled = {name: os.environ.get(name) for name in settings}, constants.ENABLE_RAY_CLUSTER
+    os.environ.update(settings)
+    constants.ENABLE_RAY_CLUSTER = False  # read already, if Ray was loaded before
+    _read_again()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        constants.ENABLE_RAY_CLUSTER = enabled
+        _read_again()
+
+# %% ../../nbs/app/12_cluster.ipynb #66ce6b6d
+@contextmanager
+def private_cluster(ray: ModuleType) -> Iterator[None]:
+    "Start Ray on this machine alone, and end it. Raises VermouthError if it listens elsewhere than on 127.0.0.1."
+    short = "/tmp" if os.path.isdir("/tmp") else None
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as folder,
+        _private_environment(),
+    ):
+        try:
+            start_ray(ray, address="local", include_dashboard=False, _temp_dir=f"{folder}/ray")
+            if not ipaddress.ip_address(address := ray.util.get_node_ip_address()).is_loopback:
+                what = f"Ray {ray.__version__} listens on {address}, where others reach it"
+                raise VermouthError(f"engine='ray': {what}. Start a cluster yourself and give RAY_ADDRESS.")
+            yield
+        finally:
+            ray.shutdown()
+
+# %% ../../nbs/app/12_cluster.ipynb #3de04b89
+def start_ray(ray: ModuleType, **where: Any) -> None:
+    "Start or join a cluster. Raises VermouthError if that fails."
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+    except Exception as e:
+        asked = f"RAY_ADDRESS={where['address']!r}" if where["address"] != "local" else "engine='ray'"
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        raise VermouthError(f"{asked}: Ray does not start ({reason}). Correct that, or leave --engine away.") from e
+
+# %% ../../nbs/app/12_cluster.ipynb #b1dd6f39
+def _cluster_of(ray: ModuleType) -> Any:
+    "The cluster of this process, that of RAY_ADDRESS, or a private one, as a context."
+    if ray.is_initialized():
+        return nullcontext()
+    if address := os.environ.get("RAY_ADDRESS"):
+        start_ray(ray, address=address)
+        return nullcontext()
+    return private_cluster(ray)
+
+# %% ../../nbs/app/12_cluster.ipynb #bef641c5
+def _own_error(error: BaseException | None) -> VermouthError | None:
+    "The VermouthError of a worker, inside of what Ray makes of it."
+    for _ in range(9):
+        if error is None or isinstance(error, VermouthError) and not hasattr(error, "cause"):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
 # %% ../../nbs/app/12_cluster.ipynb #5af7049d
 @contextmanager
-def _ray_cluster(workers: int | None, gpus: float | None) -> Iterator[tuple[ModuleType, int, float]]:
-    "Start Ray or join its cluster; give workers and GPUs of each. Raises VermouthError for whatever stops a worker."
+def _ray_cluster(workers: int | None, gpus: float | None, load: Any) -> Iterator[tuple[ModuleType, int, float]]:
+    "Have a cluster; give workers and GPUs of each. Raises VermouthError for whatever stops a worker."
     ray = load_ray()
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    there = int(ray.cluster_resources().get("GPU", 0))
     try:
-        yield ray, workers or max(1, there), gpus if gpus is not None else float(there > 0)
-    except ray.exceptions.RayError as e:
-        if isinstance(e.__cause__, VermouthError):
-            raise e.__cause__ from e
-        raise VermouthError(f"engine='ray': a worker failed ({' '.join(str(e).split())[-200:]}). Run it again.") from e
+        ray.cloudpickle.dumps(load)
+    except Exception as e:
+        reason = " ".join(str(e).split())[:100]
+        raise VermouthError(f"load: cannot be sent to a worker ({reason}). Pass a function of a module.") from e
+    with _cluster_of(ray):
+        there = int(ray.cluster_resources().get("GPU", 0))
+        each = float(there > 0) if gpus is None else gpus
+        if each > there:
+            raise VermouthError(f"gpus={gpus}: the cluster has {there}. Pass 0, or start a cluster that has them.")
+        try:
+            yield ray, workers or max(1, there), each
+        except ray.exceptions.RayError as e:
+            if own := _own_error(e):
+                raise own from e
+            reason = " ".join(str(e).split())[-200:]
+            raise VermouthError(f"engine='ray': a worker failed ({reason}). Run it again.") from e
+
+# %% ../../nbs/app/12_cluster.ipynb #be006f1d
+def check_workers(workers: int | None, gpus: float | None) -> None:
+    "Raise VermouthError for numbers that cannot be."
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise VermouthError(f"workers={workers!r}: a whole number from 1, or None.")
+    if gpus is not None and not 0 <= gpus < float("inf"):
+        raise VermouthError(f"gpus={gpus!r}: a number from 0, or None.")
+
+# %% ../../nbs/app/12_cluster.ipynb #bd0833d2
+RETRIES = 3  # of a task whose worker died
+
+
+def over_workers(
+    ray: ModuleType,
+    worker: Callable[[], Any],  # makes one, with a method `do`
+    tasks: Iterable[Any],       # what `do` takes
+    workers: int,
+    gpus: float,                # of each
+) -> Iterator[Any]:
+    "Yield what the workers make of tasks, in the order in which they are done."
+    tasks = [*tasks]
+    kind = ray.remote(num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Lazy)
+    some = [kind.remote(worker) for _ in range(min(workers, len(tasks)))]
+    yield from ray.util.ActorPool(some).map_unordered(lambda one, task: one.do.remote(task), tasks)
+
+# %% ../../nbs/app/12_cluster.ipynb #88a53bb2
+class Lazy:
+    "A worker that is made when it is first needed."
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
+
+    @cached_property
+    def made(self) -> Any:
+        return self.make()
+
+    def do(self, task: Any) -> Any:
+        "Return what the worker makes of a task."
+        return self.made.do(task)
 
 # %% ../../nbs/app/12_cluster.ipynb #a581184a
 class ShardWorker:
@@ -68,10 +206,9 @@ class ShardWorker:
         parts = {"captioner": self.captioner, "expert": self.expert}
         extract(self.backbone, self.items, self.out, shard_of=(shard, count), **parts, **self.options)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for shard, count in zip(batch["shard"].tolist(), batch["count"].tolist(), strict=True):
-            self.make(shard, count)
-        return batch
+    def do(self, task: tuple[int, int]) -> None:
+        "The same, for `over_workers`."
+        self.make(*task)
 
 # %% ../../nbs/app/12_cluster.ipynb #e3f9a6ae
 def plan_store(worker: type[ShardWorker], *settings: Any) -> None:
@@ -88,15 +225,15 @@ def extract_on_ray(
     **options: Any,              # of `extract`, but for the models, shard_of and quiet
 ) -> FeatureStore:
     "The store of `extract`, made by the workers of a Ray cluster. Raises VermouthError as `extract` does."
+    check_workers(workers, gpus)
     settings = (load, items, local_folder(out).absolute(), options | {"quiet": True})
-    with _ray_cluster(workers, gpus) as (ray, workers, gpus):
-        ray.get(ray.remote(num_gpus=gpus, max_calls=1)(plan_store).remote(ShardWorker, *settings))
+    with _ray_cluster(workers, gpus, load) as (ray, workers, gpus):
+        plan = ray.remote(num_gpus=gpus, max_calls=1, max_retries=RETRIES)(plan_store)
+        ray.get(plan.remote(ShardWorker, *settings))
         count = len(read_plan(Path(out)).shards)
-        shards = ray.data.from_items([{"shard": k, "count": count} for k in range(count)], override_num_blocks=count)
-        pool = ray.data.ActorPoolStrategy(size=min(workers, count))
-        shards.map_batches(
-            ShardWorker, batch_size=1, compute=pool, num_gpus=gpus, fn_constructor_args=settings
-        ).materialize()
+        shards = [(k, count) for k in range(count)]
+        for _ in over_workers(ray, partial(ShardWorker, *settings), shards, workers, gpus):
+            pass
     return FeatureStore(out)
 
 # %% ../../nbs/app/12_cluster.ipynb #3c390e85
@@ -106,7 +243,7 @@ class PhotoWorker:
     def __init__(self, load: Callable[[], Any], folder: Path):
         self.model, self.folder = load(), folder
 
-    def embed(self, photos: Sequence[Photo]) -> list[Found]:
+    def do(self, photos: Sequence[Photo]) -> list[Found]:
         "Return what an index keeps of a batch of photos."
         return [kept for found in embed_photos(self.model, self.folder, photos, len(photos), set()) for kept in found]
 
@@ -122,13 +259,13 @@ def index_on_ray(
     **options: Any,              # of `build_index`
 ) -> Index:
     "The index of `build_index`, embedded by the workers of a Ray cluster. Raises VermouthError as `build_index` does."
-    with _ray_cluster(workers, gpus) as (ray, workers, gpus):
-        # a worker that died is started again, and gets its task again
-        kind = ray.remote(num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(PhotoWorker)
+    check_workers(workers, gpus)
+    load_ray()  # before anything is written
 
-        def embed(photos: Sequence[Photo]) -> Iterator[list[Found]]:
-            batches = [*chunked(photos, batch_size)]
-            some = [kind.remote(load, Path(folder).absolute()) for _ in range(min(workers, len(batches)))]
-            yield from ray.util.ActorPool(some).map_unordered(lambda worker, part: worker.embed.remote(part), batches)
+    def embed(photos: Sequence[Photo]) -> Iterator[list[Found]]:
+        worker = partial(PhotoWorker, load, Path(folder).absolute())
+        if photos:
+            with _ray_cluster(workers, gpus, load) as (ray, count, each):
+                yield from over_workers(ray, worker, chunked(photos, batch_size), count, each)
 
-        return build_index(folder, out, model or load(), batch_size, embed=embed, **options)
+    return build_index(folder, out, model or load(), batch_size, embed=embed, **options)

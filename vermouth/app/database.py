@@ -202,10 +202,19 @@ def read_rows(db: sqlite3.Connection, where: str, *values: Any) -> Iterator[list
             raise sqlite3.DatabaseError("a row is not what was written")
         yield row
 
+# %% ../../nbs/app/03_database.ipynb #5a6da4cf
+def vector_of(blob: bytes | None, dim: int = 0) -> np.ndarray:  # (D,) float32
+    "Return the vector of a row. A seal is no signature: who writes a file by hand can seal what is none."
+    if not blob or len(blob) % 4 or not np.isfinite(vector := np.frombuffer(blob, np.float32)).all():
+        raise sqlite3.DatabaseError("a vector is missing, NaN or infinite")
+    if dim and len(vector) != dim:
+        raise sqlite3.DatabaseError(f"a vector has {len(vector)} numbers instead of {dim}")
+    return vector
+
 # %% ../../nbs/app/03_database.ipynb #d22cbff9
 def read_vectors(db: sqlite3.Connection, ids: np.ndarray) -> np.ndarray:  # (N,D) float32
     "Return the vectors of rows."
-    found = [np.frombuffer(row[5] or b"", np.float32) for i in ids.tolist() for row in read_rows(db, "id = ?", i)]
+    found = [vector_of(row[5]) for i in ids.tolist() for row in read_rows(db, "id = ?", i)]
     if len(found) != len(ids) or len({len(vector) for vector in found}) != 1:
         raise sqlite3.DatabaseError("vectors are missing")
     return np.stack(found)
@@ -238,7 +247,10 @@ def read_settings(db: sqlite3.Connection) -> dict[str, Any]:
         settings = {name: json.loads(value) for name, value in found.items()}
     except (TypeError, ValueError):
         settings = {"": None}
-    if any(type(value) is not KINDS.get(name) for name, value in settings.items()):
+    least = {"last": 1, "count": 1, "dim": 1, "trained": 0, "recall": -2, "nearest": -2}
+    odd = [name for name, value in settings.items() if type(value) is not KINDS.get(name)]
+    odd = odd or [name for name in least if name in settings and not least[name] <= settings[name] < 2**62]
+    if odd:
         raise sqlite3.DatabaseError("its settings are not those of an index")
     return settings
 
@@ -257,6 +269,18 @@ def read_listing(db: sqlite3.Connection, settings: dict[str, Any]) -> list[tuple
     if seal([settings["fingerprint"], *found]) != settings["checksum"]:
         raise sqlite3.DatabaseError("photos are missing")
     return found
+
+# %% ../../nbs/app/03_database.ipynb #21305bd1
+def read_photos(db: sqlite3.Connection) -> Iterator[list[Any]]:
+    "Yield path, sha256, width, height and vector of all photos that count, after a look at each."
+    settings = read_settings(db)
+    if "checksum" not in settings:
+        raise sqlite3.DatabaseError("it is not finished")
+    read_listing(db, settings)
+    for row in read_rows(db, "reason IS NULL AND id <= ? ORDER BY path", settings["last"]):
+        if any(type(side) is not int for side in row[2:4]):
+            raise sqlite3.DatabaseError("a photo is without a size")
+        yield [*row[:4], vector_of(row[5], settings["dim"])]
 
 # %% ../../nbs/app/03_database.ipynb #a79f79d0
 def read_neighbours(out: Path, settings: dict[str, Any], verify: bool = True, mapped: bool = True) -> Any:

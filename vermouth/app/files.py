@@ -10,12 +10,13 @@ import glob
 import hashlib
 import io
 import os
+import re
 import stat
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -185,11 +186,31 @@ def read_batches(
         yield batch
 
 # %% ../../nbs/app/00_files.ipynb #3121bc64
-def _expand_braces(name: str) -> Iterable[str]:
+MAX_NAMES = 100_000  # that braces stand for
+
+
+def _count_names(name: str) -> int:
+    "Return how many names braces stand for, those inside of others left out."
+    count = 1
+    for inner in re.findall(r"\{([^{}]*)\}", name):
+        ends = re.match(r"([+-]?\d{1,18})\.\.([+-]?\d{1,18})\b", inner)
+        count *= abs(int(ends[1]) - int(ends[2])) + 1 if ends else inner.count(",") + 1
+    return count if not re.search(r"\d{19}", name) else MAX_NAMES + 1
+
+
+def _expand_braces(name: str) -> list[str]:
+    "Return the names that a pattern with braces stands for. Raises VermouthError for more than `MAX_NAMES`."
+    names: list[str] = []
     try:
-        return [name] if os.path.lexists(name) else braceexpand(name)
-    except ValueError:  # braces that do not close
+        if os.path.lexists(name):
+            return [name]
+        if _count_names(name) <= MAX_NAMES:
+            names = list(islice(braceexpand(name), MAX_NAMES + 1))
+    except (ValueError, RecursionError):  # braces that do not close
         return [name]
+    if not 0 < len(names) <= MAX_NAMES:
+        raise VermouthError(f"images={name[:80]!r}: braces for more than {MAX_NAMES:,} names. Give the folder.")
+    return names
 
 # %% ../../nbs/app/00_files.ipynb #f7b09358
 def _find_images(name: str, lines: Iterable[str]) -> list[Path]:
@@ -207,7 +228,11 @@ def _find_images(name: str, lines: Iterable[str]) -> list[Path]:
     start = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
     if start is None:
         return []
-    return sorted(p for p in Path(*parts[:start]).glob("/".join(parts[start:])) if not p.is_dir())
+    try:
+        return sorted(p for p in Path(*parts[:start]).glob("/".join(parts[start:])) if not p.is_dir())
+    except (ValueError, RecursionError) as e:  # *** and hundreds of **
+        reason = "too deep" if isinstance(e, RecursionError) else str(e)
+        raise VermouthError(f"images={name[:80]!r}: no pattern ({reason}). Write it as '**/*.png'.") from e
 
 # %% ../../nbs/app/00_files.ipynb #dd7e5c9d
 def image_paths(

@@ -24,7 +24,7 @@ import yaml
 from papermill.iorw import load_notebook_node
 
 import vermouth
-from vermouth.core import DISK_ERRORS, VermouthError, choose, printable, write_atomic
+from vermouth.core import DISK_ERRORS, VermouthError, choose, printable, read_file, write_atomic
 from vermouth.data.items import decoded
 from vermouth.experiments.tables import escape_formula, measured_rows
 
@@ -32,10 +32,20 @@ from vermouth.experiments.tables import escape_formula, measured_rows
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 
 # %% ../../nbs/app/07_run.ipynb #a5e311d6
+YAML_LENGTH = 100_000  # characters of parameters, at most
+
+
 def _plain_yaml(text: str) -> Any:
     "Return what YAML says. Raises what it raises, and ValueError for a value that stands elsewhere, as *x does."
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-        raise ValueError("it refers to values elsewhere, with *")
+    if len(text) > YAML_LENGTH:
+        raise ValueError(f"it has more than {YAML_LENGTH:,} characters")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it refers to values elsewhere, with *")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 50:  # the parser takes half a minute for 5,000
+            raise ValueError("it is nested more than 50 deep")
     return yaml.safe_load(text)
 
 # %% ../../nbs/app/07_run.ipynb #9ad6806d
@@ -69,7 +79,8 @@ def read_parameters(
     if file is not None:
         remedy = "Give a YAML file with a line 'name: value' for each parameter."
         try:
-            values = _plain_yaml(decoded(Path(file).read_bytes())) or {}
+            with open(file, "rb") as f:
+                values = _plain_yaml(decoded(f.read(4 * YAML_LENGTH + 1))) or {}  # a device has no end
         except OSError as e:
             raise VermouthError(f"file={str(file)!r}: cannot be read ({e.strerror}). {remedy}") from e
         except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -180,7 +191,7 @@ def _read_state(
 ) -> dict[str, dict]:  # by page
     "How each page ended last time; empty if that cannot be read, so that the pages run again."
     try:
-        state = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+        state = json.loads(read_file(Path(out) / "run.json"))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}

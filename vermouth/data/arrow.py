@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..core import VermouthError, choose
+from ..core import VermouthError, choose, read_file
 
 # %% ../../nbs/data/07_arrow.ipynb #b64d47c1
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def put_sealed(path: Path, content: dict[str, Any], once: bool = False) -> None:
 def read_sealed(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
     "Return what `parse` makes of a JSON file. Raises VermouthError if the file was changed, or cannot be parsed."
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
         if content.pop("seal") == short_digest(content):
             return parse(content)
     except DAMAGE:
