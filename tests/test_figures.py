@@ -11,6 +11,8 @@ from house import NBS, cells
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from vermouth.experiments.tables import with_intervals
+
 # The site's column of text is 768 CSS pixels wide and a figure has 80 pixels an inch: a wider one is shown smaller.
 WIDEST, SMALLEST = 9.6, 9
 
@@ -70,8 +72,9 @@ def ablation_rows(settings, tasks, seeds=2):
             for seed in range(seeds):
                 for method in ("pixel head",) if task == "segmentation" else ("U-head", "training-free"):
                     row = {"task": task, "method": method, "setting": setting, "metric": metrics[task], "seed": seed}
-                    rows.append(row | {"value": rng.random()})
-    return pd.DataFrame(rows)
+                    rows.append(row | {"dataset": "toybox", "n": 30, "scores": rng.random(30), "value": 0.0})
+    rows = [row | {"value": row["scores"].mean()} for row in rows]
+    return pd.DataFrame(with_intervals(rows))
 
 
 def test_dots_and_curves_of_ablations():
@@ -106,7 +109,9 @@ def test_few_shot_curves_name_every_method_once():
     table = pd.read_csv(NBS / "results/11_fewshot.csv")
     table = table[~table.setting.str.contains("protocol=paper") & (table.dataset == "toybox")]
     table = table.assign(shots=table.setting.str.extract(r"shots=(\d+)")[0].fillna(0).astype(int))
+    table = table[~table.seed.astype(str).str.contains("+", regex=False)]
     rows = table.rename(columns={"value": "accuracy"})[["method", "shots", "seed", "accuracy"]]
+    rows = rows.assign(hits=[np.arange(600) < 600 * share for share in rows.accuracy])
     rows = rows[rows.method.isin(rows.method.unique()[:14])]
     figure = study_curves(rows.to_dict("records"), [name for name in rows.method.unique() if "oracle" in name])
     assert not faults(figure)

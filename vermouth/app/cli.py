@@ -203,11 +203,15 @@ def _load_model(
     fetch: bool = False,
     words: bool = False,
     overlay: Mapping[str, Any] = {},
+    fast: bool = False,
 ) -> Any:
-    "The model of --model with its overlay; with words, for auto, one that knows words."
-    from vermouth.zoo.embedders import open_embedder
+    "The model of --model with its overlay, or its student; with words, for auto, one that knows words."
+    from vermouth.zoo.embedders import check_overlay, open_embedder, student_of
 
     allow = [*_ALLOWED, "hub"] if fetch else _ALLOWED
+    if fast:
+        check_overlay(student := student_of(model, device or None, allow), overlay)
+        return student
     if (found := open_embedder(model, device or None, words, allow, overlay)) is not None:
         return found
     from vermouth.model import open_model  # imports diffusers, which takes seconds
@@ -473,6 +477,9 @@ def index(
     model: _Model = "auto",
     overlay: Mapping[str, Any] = {},
     fetch: _Fetch = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="By the model's student, a small network with nearly the same vectors.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Photos at a time: what a crash can cost.")] = 32,
     shard_of: _ShardOf = None,
     engine: _Engine = "",
@@ -486,7 +493,7 @@ def index(
     from vermouth.core import choose, job_share
 
     choose("engine", engine or "ray", ["ray"])
-    load = partial(_load_model, model, device, dtype, fetch, False, overlay)
+    load = partial(_load_model, model, device, dtype, fetch, False, overlay, fast)
     network, options = load(), {"batch_size": batch_size, "quiet": as_json}
     with redirect_stdout(sys.stderr):
         if engine:

@@ -33,10 +33,12 @@ def same_model(out: str | Path, settings: dict[str, Any], model: Any) -> None:
     "Raises VermouthError if the model is not the one that made the index; its name may differ."
     made, passed = settings["fingerprint"], identity(model)
     if passed["fingerprint"] != made:
+        remedy = "Pass that model, or make another index with this one."
+        if settings["model"].startswith("student of "):
+            remedy = "Give --fast to update it, leave --model out to search it, or make another index."
         raise VermouthError(
             f"model={passed['name']!r}: its weights or settings ({passed['fingerprint']}) are not those that made "
-            f"the index {str(out)!r}, {settings['model']!r} ({made}). "
-            "Pass that model, or make another index with this one."
+            f"the index {str(out)!r}, {settings['model']!r} ({made}). {remedy}"
         )
 
 # %% ../../nbs/app/15_embedding.ipynb #e877087b

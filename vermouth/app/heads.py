@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .files import _image_batches
-from ..core import VermouthError, write_atomic
+from ..core import VermouthError, read_file, write_atomic
 from ..data.items import Item
 from ..images import read_bytes
 from ..metrics import accuracy
-from ..zoo.embedders import Embedder, PyramidEmbedder, fit_linear
+from ..zoo.embedders import Embedder, PyramidEmbedder, Student, fit_linear
 
 # %% ../../nbs/app/17_heads.ipynb #a2a16e6b
 @dataclass
@@ -79,7 +79,7 @@ def _digest(piece: Mapping[str, Tensor]) -> Tensor:  # 32 bytes
 def _read_piece(path: Path) -> dict[str, Tensor] | None:
     "Vectors that an earlier run has kept; None where there are none, or the file is damaged."
     try:
-        piece = load_tensors(path.read_bytes())
+        piece = load_tensors(read_file(path))
         return piece if torch.equal(piece["digest"], _digest(piece)) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         return None
@@ -202,6 +202,8 @@ def feature_model(
     from vermouth.expert import load_expert
 
     model = getattr(model, "features", model)  # of a linear classifier
+    if isinstance(model, Student):
+        raise VermouthError(f"model={model.name!r}: a student is for search. Train on its teacher, and distil that.")
     if not hasattr(model, "backbone"):
         if expert:
             raise VermouthError(f"expert={expert!r}: {model.name} is no denoiser to put it beside. Leave --expert out.")

@@ -19,6 +19,7 @@ from .database import read_rows, read_settings
 from .embedding import Found, embed_photos
 from .files import Photo, photos_below
 from ..core import VermouthError, job_share, local_folder
+from ..zoo.embedders import student_of
 
 # %% ../../nbs/app/01_index.ipynb #5cd08713
 class Index:
@@ -132,13 +133,16 @@ def nearest_rows(self: Index, vector: np.ndarray, k: int) -> list[tuple[float, l
     "Return scores and rows of the k photos nearest to a vector (1,D), best first."
     while True:
         settings, neighbours = self._state
+        if vector.shape != (1, settings["dim"]) or not np.isfinite(vector).all():
+            what = f"vector: {vector.shape} numbers, which may not be NaN or infinite"
+            raise VermouthError(f"{what}. The index {str(self.out)!r} is of (1, {settings['dim']}).")
         scores, ids = database.find_nearest(neighbours, vector, min(k, settings["count"]))
         with database.connect(self.out) as db:
             if read_settings(db) != settings:
                 self._load(db)
                 continue
             rows = [row for i in ids[0].tolist() for row in read_rows(db, "id = ?", i)]
-            exact = [float(vector[0] @ np.frombuffer(row[5], np.float32)) for row in rows]
+            exact = [float(vector[0] @ database.vector_of(row[5], settings["dim"])) for row in rows]
             if len(rows) != ids.shape[1] or np.abs(exact - scores[0]).max() > 1e-3:
                 raise sqlite3.DatabaseError("rows and neighbours differ")
         return sorted(zip(exact, rows), key=lambda hit: (-hit[0], hit[1][0]))
@@ -177,10 +181,12 @@ def build_index(
     quiet: bool = False,          # no progress bar, nothing printed
     shard_of: tuple[int, int] | None = None,  # k, n: only every n-th photo from the k-th, as one process of a job
     embed: Callable[[Sequence[Photo]], Iterator[Sequence[Found]]] | None = None,  # elsewhere, as `cluster` does
+    fast: bool = False,           # by the model's student, a small network that gives nearly the same vectors
 ) -> Index:                       # None if `shard_of` is given and other photos are still missing
     "Index a folder or bring its index up to date. Raises VermouthError for an index of another model, damaged or busy."
     if batch_size < 1:
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
+    model = student_of(model) if fast else model
     (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), _find_photos(folder)
     if n > 1:
         update.read_part(folder, out, model, photos[k::n], f"part-{k}-of-{n}", batch_size, quiet or k > 0)

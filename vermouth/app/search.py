@@ -23,7 +23,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .database import connect, read_rows, read_settings
+from .database import connect, read_photos
 from .embedding import same_model
 from .files import decode_photo, inside, read_photo, thumbnail
 from .index import Index, build_index  # noqa: F401 (one place to import from)
@@ -151,8 +151,8 @@ def _template(name: str) -> Template:
     return Template((files("vermouth.app") / "static" / name).read_text(encoding="utf-8"))
 
 # %% ../../nbs/app/02_search.ipynb #0ab4ab4a
-def _unicode(text: str) -> str:  # bytes of another encoding become question marks
-    return text.encode("utf-8", "replace").decode()
+def _unicode(text: str) -> str:  # bytes of another encoding become \xNN, so that two names stay two
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 # %% ../../nbs/app/02_search.ipynb #4bbf948c
 def escaped(text: str) -> str:
@@ -226,12 +226,19 @@ def export(
     self: Index,
     path: str | Path,  # a Parquet file to make or to replace
 ) -> None:
-    "Write path, sha256, width, height and vector of all photos."
+    "Write path, sha256, width, height and vector of all photos. Raises VermouthError for damage and a wrong place."
     import pandas as pd
 
-    names, buffer = ["path", "sha256", "width", "height", "vector"], io.BytesIO()
-    with connect(self.out) as db:
-        rows = read_rows(db, "reason IS NULL AND id <= ? ORDER BY path", read_settings(db)["last"])
-        table = [[_unicode(row[0]), *row[1:4], np.frombuffer(row[5], np.float32)] for row in rows]
-    pd.DataFrame(table, columns=names).to_parquet(buffer)
-    write_atomic(path, buffer.getvalue())
+    names, buffer, path = ["path", "sha256", "width", "height", "vector"], io.BytesIO(), Path(path)
+    try:
+        if self.out.resolve() in path.resolve().parents:
+            raise VermouthError(f"path={str(path)!r}: inside of the index. Give a file elsewhere.")
+        if path.is_file() and (before := path.open("rb").read(4)) and before != b"PAR1":
+            raise VermouthError(f"path={str(path)!r}: there is a file, and it is no Parquet file. Give another name.")
+        with connect(self.out) as db:
+            table = [[_unicode(row[0]), *row[1:]] for row in read_photos(db)]
+        pd.DataFrame(table, columns=names).to_parquet(buffer)
+        write_atomic(path, buffer.getvalue())
+    except OSError as e:
+        what = f"cannot be written ({e.strerror or e})"
+        raise VermouthError(f"path={str(path)!r}: {what}. Give a file in a folder that is there and yours.") from e

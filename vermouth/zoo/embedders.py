@@ -11,6 +11,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,18 @@ from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
-from ..core import VermouthError, choose, fingerprint, frozen, in_batches, lock_of, resize_maps, without_compiler
+from vermouth.core import (
+    VermouthError,
+    check_finite,
+    choose,
+    fingerprint,
+    frozen,
+    in_batches,
+    lock_of,
+    pick_device,
+    resize_maps,
+    without_compiler,
+)
 from ..images import Images, ValueRange, image_batch, image_list, image_tensor, is_single
 from vermouth.zoo.saving import (
     CARD,
@@ -36,6 +49,7 @@ from vermouth.zoo.saving import (
     read_state,
     write_model,
 )
+from .student import SCALE, StudentNet, packed, unpacked
 
 # %% ../../nbs/zoo/01_embedders.ipynb #45f7f002
 if TYPE_CHECKING:
@@ -391,6 +405,166 @@ def fit_statistics(
     fit.limit = float(fit.distance(fresh).quantile(share))
     return fit
 
+# %% ../../nbs/zoo/01_embedders.ipynb #39c86aef
+MANY = 8, 0.8  # pictures of a sample whose median is measured by a narrower limit, and that limit
+
+
+class _TeacherWords(Embedder):
+    "What a student's teacher has for words: its CLIP."
+
+    about: dict[str, Any]  # of the card: teacher, clip, logits, size, images, cosine
+    allow: Sequence[str]   # ("hub",) fetches a CLIP that only the card names
+    device: torch.device
+
+    @cached_property
+    def clip(self) -> "Clip":
+        "The CLIP that reads words. Raises VermouthError where there is none, or one of other weights."
+        from vermouth.text import load_clip
+
+        if (part := self.about["clip"]) is None:
+            raise VermouthError(f"model={self.name!r}: it reads images, not words. Ask with an image.")
+        names_in_card({"clip": part["name"]}, Path(self.source), self.allow)
+        clip = load_clip(part["name"], self.device)
+        if fingerprint(clip.model) != part["fingerprint"]:
+            what = f"clip={part['name']!r}: its weights are not those that {self.name} was trained for"
+            raise VermouthError(f"{what}. Ask with an image, or distil another student.")
+        return clip
+
+    def embed_text(self, texts: str | Sequence[str]) -> Tensor:
+        from vermouth.text import text_embeddings
+
+        return text_embeddings(texts, self.clip)
+
+    def classify(
+        self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
+    ) -> Tensor:
+        from vermouth.uhead import class_logits
+
+        classes = class_vectors(names, self.clip)
+        return class_logits(self.embed(images, batch_size, value_range), classes, **self.about["logits"]).softmax(-1)
+
+# %% ../../nbs/zoo/01_embedders.ipynb #7bb63c6d
+class Student(_TeacherWords):
+    "A small network that gives the vectors of another model, its teacher."
+
+    source = why = ""  # what it was opened from, and in words
+
+    def __init__(
+        self,
+        net: StudentNet,        # without batch normalisation
+        fit: Fit,               # of the means of all levels but the last
+        about: dict[str, Any],  # of the card
+        device: Any = None,     # None takes the best there is
+        allow: Sequence[str] = (),
+    ):
+        self.device, self.allow, self.about = pick_device(device), allow, about
+        net.load_state_dict(unpacked(packed(net.state_dict())))  # as it is kept
+        self.net, self.fit, self.size = net.to(self.device).eval(), fit, about["size"]
+        self.name, self.has_words = f"student of {about['teacher']['name']}", about["clip"] is not None
+        self.fingerprint = fingerprint(net, json.dumps(["student", self.size, about["teacher"]["fingerprint"]]))
+
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
+        pixels = image_batch(images, self.size, value_range)
+        with frozen(self.device):
+            vectors = in_batches(lambda part: [self.net(pixels[part].to(self.device))], len(pixels), batch_size)[0]
+        check_finite(vectors, f"model={self.name!r}: its vectors")
+        return F.normalize(vectors, dim=-1)
+
+    def misfit(self, images: Images, value_range: AnyRange = None) -> str:
+        pixels = image_batch(images, self.size, value_range)
+        detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]  # an image of one colour says nothing
+        most = 1 if len(detailed) < MANY[0] else MANY[1]
+        with frozen(self.device):
+            means = torch.cat(self.net.pooled(detailed.to(self.device))[:-1], 1)
+        if not len(detailed) or self.fit.distance(means).median() <= most:
+            return ""
+        what = f"{self.name} was trained on other pictures than these, which will match at random"
+        return f"model: {what}. Without --fast, use efficientnet_lite0, a Stable Diffusion, clip:NAME or your own."
+
+    def save(self, folder: str | Path, dtype: str | torch.dtype = "float16") -> None:
+        "Write weights and card. Raises VermouthError if the folder cannot be written."
+        state = {f"net.{key}": value for key, value in self.net.state_dict().items()}
+        state |= {f"fit.{key}": value for key, value in self.fit.state().items()}
+        card = {"kind": "student", **self.about, "widths": [*self.net.widths], "dim": self.net.out.out_features}
+        write_model(folder, packed(state), card | {"training": None}, dtype)
+
+# %% ../../nbs/zoo/01_embedders.ipynb #8e9738ad
+SIDES = (8, 1024)  # least and most pixels of a student's images
+
+
+def load_student(
+    folder: Path,
+    card: dict[str, Any],  # from `read_card`
+    device: Any = None,
+    allow: Sequence[str] = (),
+) -> Student:
+    "Return the student in a folder. Raises VermouthError if files are missing, damaged, or do not fit."
+    if not SIDES[0] <= card["size"] <= SIDES[1]:
+        raise folder_error(folder, f"size is {card['size']}, not {SIDES[0]} to {SIDES[1]}. Save the model again.")
+    state = read_state(folder, card)
+    with torch.device("meta"):
+        try:
+            want = {f"net.{key}": value for key, value in StudentNet(card["widths"], card["dim"]).state_dict().items()}
+        except VermouthError as error:
+            raise folder_error(folder, f"its network cannot be built: {error}") from error
+    c = sum(card["widths"][:-1])
+    shapes = {key: tuple(value.shape) for key, value in want.items()}
+    shapes |= {"fit.mean": (c,), "fit.basis": (c, c), "fit.limit": (1,)}
+    shapes |= {key + SCALE: shape[:1] for key, shape in shapes.items() if len(shape) > 1}
+    check_state(folder, state, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    state, net = unpacked(state), StudentNet(card["widths"], card["dim"])
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items() if key in want})
+    fit = Fit(state["fit.mean"], state["fit.basis"], float(state["fit.limit"]))
+    about = {key: card[key] for key in ("teacher", "clip", "logits", "size", "images", "cosine")}
+    return Student(net.requires_grad_(False), fit, about, device, allow)
+
+# %% ../../nbs/zoo/01_embedders.ipynb #0c378f5a
+SHIPPED_STUDENT = "toybox/student"
+
+
+def student_folder(
+    name: str,  # of a model, as for `vermouth.model.open_model`
+) -> Path | None:
+    "The folder of a model's student, or of a student itself; None where there is none."
+    if name in ("toybox", SHIPPED_STUDENT):
+        return Path(str(files("vermouth") / "toybox" / "student"))
+    for folder in (Path(name), Path(name) / "student"):
+        if (folder / CARD).is_file() and read_card(folder)["kind"] == "student":
+            return folder
+    return None
+
+# %% ../../nbs/zoo/01_embedders.ipynb #72950a33
+def student_of(
+    model: Any,          # a name as for `vermouth.model.open_model`, or what that has opened
+    device: Any = None,
+    allow: Sequence[str] = (),
+) -> Student:
+    "Return the student of a model. Raises VermouthError if there is none, or if its teacher had other weights."
+    if isinstance(model, Student):
+        return model
+    named = isinstance(model, (str, Path))
+    name = str(model) if named else getattr(model, "source", "")
+    why = f"{SHIPPED_STUDENT} (auto: the only student that ships)" if name == "auto" else ""
+    folder = student_folder(name := "toybox" if why else name)
+    if folder is None:
+        shown = name or getattr(model, "name", type(model).__name__)
+        raise VermouthError(
+            f"model={shown!r}: it has no student for --fast. toybox has one; another is made by "
+            "vermouth.pretrain.student.distil and saved in the folder student of the model's. Or leave --fast out."
+        )
+    student = load_student(folder, card := read_card(folder), device, allow)
+    student.source = SHIPPED_STUDENT if name in ("toybox", SHIPPED_STUDENT) else os.path.abspath(folder)
+    student.why = f"model: {why or student.source}"
+    teacher, above = card["teacher"], folder.parent / CARD
+    if named:
+        stale = teacher["weights"] and above.is_file() and read_card(folder.parent)["weights"] != teacher["weights"]
+    else:
+        stale = teacher["fingerprint"] != model.fingerprint
+    if stale:
+        what = f"its student in {str(folder)!r} was distilled from other weights"
+        raise VermouthError(f"model={name!r}: {what}. Distil it again, or leave --fast out.")
+    return student
+
 # %% ../../nbs/zoo/01_embedders.ipynb #87fc46cb
 def fit_linear(
     vectors: Tensor,        # (N,D)
@@ -684,6 +858,8 @@ def _embedder_in(folder: Path, device: Any, allow: Sequence[str]) -> Embedder | 
 
     if (folder / CARD).is_file():
         card = read_card(folder)
+        if card["kind"] == "student":
+            return load_student(folder, card, device, allow)
         light = card["kind"] == "linear" and card["features"].get("kind") != "pyramid"
         return load_linear(folder, card, device, allow=allow) if light else None
     if (folder / "open_clip_config.json").is_file():
@@ -702,6 +878,8 @@ def _named_embedder(name: str, device: Any, allow: Sequence[str]) -> Embedder | 
     "The model of a name other than auto, if it needs no denoiser."
     if name == "toybox":
         return None
+    if name == SHIPPED_STUDENT:
+        return student_of(name, device, allow)
     if name.startswith("clip:"):
         return _clip_embedder(name.removeprefix("clip:"), device)
     if Path(name).is_dir():

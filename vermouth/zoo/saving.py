@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..core import VermouthError, pick_dtype, printable, schema_error, write_atomic
+from ..core import VermouthError, pick_dtype, printable, read_file, schema_error, write_atomic
 
 # %% ../../nbs/zoo/00_saving.ipynb #f6d8f37f
 FORMAT = 2
@@ -76,7 +76,21 @@ _LINEAR = {
     "training": _TRAINING,
     "weights": str,
 }
-SCHEMAS = {"uhead": _UHEAD, "linear": _LINEAR}
+_STUDENT = {
+    "format": int,
+    "kind": str,
+    "teacher": _PART | {"weights": (str, None)},  # the sha256 of its file, where it lies in a folder
+    "clip": (_PART, None),  # that reads words for it
+    "logits": {"scale": float, "temperature": float},  # as for a U-head
+    "size": int,            # side in pixels that images are resized to
+    "widths": [int],        # of its levels
+    "dim": int,             # of its vectors
+    "images": int,          # that it was trained on
+    "cosine": float,        # with the teacher's vectors, the mean over images that were held back
+    "training": None,       # no classes of its own
+    "weights": str,
+}
+SCHEMAS = {"uhead": _UHEAD, "linear": _LINEAR, "student": _STUDENT}
 
 # %% ../../nbs/zoo/00_saving.ipynb #937cb0d8
 def training_card(
@@ -119,7 +133,7 @@ def pickles_note(folder: Path) -> str:  # for after "is missing"; empty if there
 def _read_file(folder: Path, name: str) -> bytes:
     "One of the two files. Raises VermouthError if it is missing."
     try:
-        return (folder / name).read_bytes()
+        return read_file(folder / name)
     except OSError as e:
         reason = f"{name} is missing{pickles_note(folder)}. Pass 'toybox', or a folder that Vermouth.save has written."
         raise folder_error(folder, reason) from e
