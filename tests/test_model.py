@@ -269,7 +269,8 @@ def test_threads_agree_where_the_caller_has_lowered_the_precision(toybox):
     expected = [toybox.classify(photo, ["cat", "duck"], [""]) for photo in photos]
     try:
         torch.set_float32_matmul_precision("medium")
-        with ThreadPoolExecutor(6) as pool:
+        # a thread does not take over the number of torch's threads, which decides how a convolution is computed
+        with ThreadPoolExecutor(6, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
             found = list(pool.map(lambda photo: toybox.classify(photo, ["cat", "duck"], [""]), photos))
         alone = [toybox.classify(photo, ["cat", "duck"], [""]) for photo in photos]
     finally:

@@ -361,9 +361,9 @@ def mean_of_ious(counts: np.ndarray) -> np.ndarray:  # (…,3,K) → (…)
 
 # %% ../nbs/library/02_metrics.ipynb #4019f444
 @lru_cache(maxsize=8)
-def _resamples(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n) float32, each row sums to 1
+def _resamples(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n), each row sums to 1
     "How often each of n is drawn, as a share."
-    return (np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n).astype(np.float32)
+    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n
 
 
 def _bootstrap(values: Array, statistic: Statistic, draws: int, seed: int) -> tuple[float, np.ndarray]:
@@ -402,7 +402,7 @@ def interval(
     "Return the number with a 95 % bootstrap interval over seeds and queries. Raises VermouthError for NaN."
     mean, drawn = _bootstrap(values, _statistic_of(values, statistic), draws, seed)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(mean, low.item(), high.item())
+    return Interval(mean, min(low.item(), mean), max(high.item(), mean))  # where all are equal, they differ by rounding
 
 # %% ../nbs/library/02_metrics.ipynb #d625ebfb
 def paired_difference(

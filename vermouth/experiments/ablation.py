@@ -20,9 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/experiments/02_ablation.ipynb #08a70722
 from vermouth.backbone import Backbone, FeatureSettings, load_backbone, prompt_list
 from vermouth.baselines import Embed, nearest_class_mean
 from vermouth.core import VermouthError, choose
@@ -89,19 +91,21 @@ class CachedBackbone(Backbone):
             self.cache = known
         return [torch.stack(level) for level in zip(*(known[key] for key in keys), strict=True)]
 
-    def _encode(self, images: Tensor) -> Tensor:
-        digests = _digests(images)
-        new = {digest: i for i, digest in enumerate(digests) if digest not in self.latents}
-        fresh = super()._encode(images[list(new.values())]) if new else []  # type: ignore[misc] # patched on
-        known = self.latents | dict(zip(new, fresh, strict=True))
-        if sum(x.nbytes for x in known.values()) < self.capacity / 4:
-            self.latents = known
-        return torch.stack([known[digest] for digest in digests])
-
     def _compute(self, images: Tensor, prompts: list[str], batch_size: int | None, settings: dict) -> list[Tensor]:
         "The pyramids of images that are not in the cache."
         options = {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)} | settings
         return super().features(images, prompts, **options)  # type: ignore[misc] # patched on
+
+# %% ../../nbs/experiments/02_ablation.ipynb #36c13878
+@patch
+def _encode(self: CachedBackbone, images: Tensor) -> Tensor:
+    digests = _digests(images)
+    new = {digest: i for i, digest in enumerate(digests) if digest not in self.latents}
+    fresh = Backbone._encode(self, images[list(new.values())]) if new else []  # type: ignore[attr-defined] # patched on
+    known = self.latents | dict(zip(new, fresh, strict=True))
+    if sum(x.nbytes for x in known.values()) < self.capacity / 4:
+        self.latents = known
+    return torch.stack([known[digest] for digest in digests])
 
 # %% ../../nbs/experiments/02_ablation.ipynb #eeb98b95
 class PerImageNoise(CachedBackbone):
@@ -143,6 +147,14 @@ def captions_that_name(
     return changed
 
 # %% ../../nbs/experiments/02_ablation.ipynb #90cfd13a
+def _captions(captioner: Captioner, items: Sequence[Item], known: dict[str, str]) -> list[str]:  # by the items' keys
+    "Return captions of items, and keep those that are new."
+    new = [item for item in items if item.key not in known]
+    for images, keys in in_chunks(new, [item.key for item in new]):
+        known |= zip(keys, captioner(images), strict=True)
+    return [known[item.key] for item in items]
+
+# %% ../../nbs/experiments/02_ablation.ipynb #ec90f4cf
 class _Prompter:
     "Prompts of every mode of `make_prompts`, and the paper's captions; no image is captioned twice by one of them."
 
@@ -161,13 +173,13 @@ class _Prompter:
         if mode == "published":
             bare = self._loaded()
             paper = Captioner(bare.model, bare.processor, bare.name, CaptionSettings(**CAPTIONS["paper"]))
-            return self._captions(items, paper, self.published)
+            return _captions(paper, items, self.published)
         if mode == "class":
             prompts = []
             for images, _ in in_chunks(items, [""] * len(items)):
                 prompts += make_prompts(mode, images, clip=self.clip, names=candidates)
             return prompts
-        captions = self._captions(items, self._loaded(), self.captions) if mode not in ("empty", "oracle") else None
+        captions = _captions(self._loaded(), items, self.captions) if mode not in ("empty", "oracle") else None
         if found := re.fullmatch(r"named (\d+) %", mode):
             return captions_that_name(captions or [], items, candidates, int(found[1]) / 100)
         labels = [item.label for item in items] if mode == "oracle" else None
@@ -178,12 +190,6 @@ class _Prompter:
         if self.captioner is None:
             raise VermouthError("captioner=None: these prompts are captions. Load one.")
         return self.captioner
-
-    def _captions(self, items: Sequence[Item], captioner: Captioner, known: dict[str, str]) -> list[str]:
-        new = [item for item in items if item.key not in known]
-        for images, keys in in_chunks(new, [item.key for item in new]):
-            known |= zip(keys, captioner(images), strict=True)
-        return [known[item.key] for item in items]
 
 # %% ../../nbs/experiments/02_ablation.ipynb #8bc85cd6
 @dataclass(frozen=True)

@@ -732,7 +732,7 @@ def study_curves(
     ax, trained = fig.subplots(), table[table.shots > 0]
     for i, (name, part) in enumerate(trained.groupby("method", sort=False)):
         each = study_intervals(part.to_dict("records")).loc[name]
-        whiskers = [each["mean"] - each.low, each.high - each["mean"]]
+        whiskers = [(each["mean"] - each.low).clip(lower=0), (each.high - each["mean"]).clip(lower=0)]
         line = "--" if name in marked else "-" if i < len(OKABE_ITO) else "-."
         style: dict[str, Any] = {"ls": line, "color": OKABE_ITO[i % len(OKABE_ITO)], "lw": 2.2 if i == 0 else 1.2}
         ax.errorbar(each.index, each["mean"], whiskers, label=name, marker="os^vD"[i % 5], ms=4, capsize=2, **style)

@@ -571,6 +571,20 @@ def run_segmentation(
     return segmentation_scores(confusion_counts(model_labeller(model), split, test), split)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #6b0402c0
+def _alone_and_named(
+    first: Vermouth, expert: DenseHead | None, trained_on: MaskSplit, named: bool
+) -> dict[str, Labeller]:  # method → what it says
+    "Return the expert alone, and both with their regions named by CLIP. Raises VermouthError for a head of no expert."
+    methods, own = {}, {"": first.pixel_vectors}
+    if expert is not None:
+        if (network := first.expert) is None:
+            raise VermouthError("expert: a head for it, but the first model has no expert. Pass expert=None.")
+        alone = own["expert only, "] = lambda x, _: expert(network(image_batch(x, first.size), (-1, 1)))
+        methods["expert only"] = vector_labeller(alone, first.clip, **segmentation_text(expert.protocol))
+    regions = {f"{name}{REGIONS}": region_labeller(v, first.clip, trained_on) for name, v in own.items() if named}
+    return methods | regions
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #dfcabec2
 def compare_segmentation(
     models: dict[str, Vermouth],           # by name, trained; the prompts, CLIP and settings of the first serve all
     split: MaskSplit,
@@ -588,16 +602,8 @@ def compare_segmentation(
     if prompts is None:
         prompts = prompts_for(first, split.test, "" if quiet else "captions")
     methods = {name: model_labeller(model, short) for name, model in models.items()}
-    if expert is not None:
-        if (network := first.expert) is None:
-            raise VermouthError("expert: a head for it, but the first model has no expert. Pass expert=None.")
-        text = segmentation_text(expert.protocol)
-        expert_vectors = lambda x, _: expert(network(image_batch(x, first.size), (-1, 1)))  # noqa: E731
-        methods["expert only"] = vector_labeller(expert_vectors, clip, **text)
-    if first.protocol == "ours" and first.size and split.names == trained_on.names:
-        methods[REGIONS] = region_labeller(first.pixel_vectors, clip, trained_on)
-        if expert is not None:
-            methods[f"expert only, {REGIONS}"] = region_labeller(expert_vectors, clip, trained_on)
+    named = first.protocol == "ours" and bool(first.size) and split.names == trained_on.names
+    methods |= _alone_and_named(first, expert, trained_on, named)
     methods |= {
         "cross-attention, untrained": attention_labeller(first),
         "CLIP patches": vector_labeller(lambda images, _: clip_patches(images, clip), clip),

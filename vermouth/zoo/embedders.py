@@ -25,6 +25,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
+# %% ../../nbs/zoo/01_embedders.ipynb #5be389e2
 from vermouth.core import (
     VermouthError,
     check_finite,
@@ -37,7 +38,7 @@ from vermouth.core import (
     resize_maps,
     without_compiler,
 )
-from ..images import Images, ValueRange, image_batch, image_list, image_tensor, is_single
+from vermouth.images import Images, ValueRange, image_batch, image_list, image_tensor, is_single
 from vermouth.zoo.saving import (
     CARD,
     HubModel,
@@ -49,7 +50,7 @@ from vermouth.zoo.saving import (
     read_state,
     write_model,
 )
-from .student import SCALE, StudentNet, packed, unpacked
+from vermouth.zoo.student import SCALE, StudentNet, packed, unpacked
 
 # %% ../../nbs/zoo/01_embedders.ipynb #45f7f002
 if TYPE_CHECKING:
@@ -444,6 +445,15 @@ class _TeacherWords(Embedder):
         return class_logits(self.embed(images, batch_size, value_range), classes, **self.about["logits"]).softmax(-1)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #7bb63c6d
+def _are_known(net: StudentNet, fit: Fit, pixels: Tensor) -> bool:  # (B,3,H,W) in [-1,1]
+    "Whether pictures are like those that a student was trained on; those of one colour say nothing."
+    detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]
+    most = 1 if len(detailed) < MANY[0] else MANY[1]
+    with frozen(pixels.device):
+        means = torch.cat(net.pooled(detailed)[:-1], 1)
+    return not len(detailed) or bool(fit.distance(means).median() <= most)
+
+# %% ../../nbs/zoo/01_embedders.ipynb #ffc62e3c
 class Student(_TeacherWords):
     "A small network that gives the vectors of another model, its teacher."
 
@@ -471,12 +481,7 @@ class Student(_TeacherWords):
         return F.normalize(vectors, dim=-1)
 
     def misfit(self, images: Images, value_range: AnyRange = None) -> str:
-        pixels = image_batch(images, self.size, value_range)
-        detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]  # an image of one colour says nothing
-        most = 1 if len(detailed) < MANY[0] else MANY[1]
-        with frozen(self.device):
-            means = torch.cat(self.net.pooled(detailed.to(self.device))[:-1], 1)
-        if not len(detailed) or self.fit.distance(means).median() <= most:
+        if _are_known(self.net, self.fit, image_batch(images, self.size, value_range).to(self.device)):
             return ""
         what = f"{self.name} was trained on other pictures than these, which will match at random"
         return f"model: {what}. Without --fast, use efficientnet_lite0, a Stable Diffusion, clip:NAME or your own."

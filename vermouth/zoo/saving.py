@@ -76,6 +76,8 @@ _LINEAR = {
     "training": _TRAINING,
     "weights": str,
 }
+
+# %% ../../nbs/zoo/00_saving.ipynb #66a88a67
 _STUDENT = {
     "format": int,
     "kind": str,
