@@ -343,7 +343,7 @@ def fingerprint(
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for who writes it
 
-
+# %% ../nbs/library/00_core.ipynb #6245476c
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
     "Open a regular file to read. Raises OSError, also for a pipe or a device."
     f = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
@@ -352,7 +352,7 @@ def open_file(path: str | os.PathLike) -> io.BufferedReader:
         raise OSError(errno.EINVAL, "a pipe or a device, no file", str(path))
     return f
 
-
+# %% ../nbs/library/00_core.ipynb #9a5fdc6a
 def read_file(path: str | os.PathLike, most: int = 2**32) -> bytes:
     "Return the bytes of a regular file. Raises OSError, also for a pipe, a device, or one of more bytes."
     with open_file(path) as f:

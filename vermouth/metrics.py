@@ -352,7 +352,7 @@ def class_ious(
     union = predicted + true - right
     return np.divide(right, union, out=np.full_like(union, np.nan), where=union > 0)
 
-
+# %% ../nbs/library/02_metrics.ipynb #3b808f34
 def mean_of_ious(counts: np.ndarray) -> np.ndarray:  # (…,3,K) → (…)
     "Return the mean IoU over the classes that occur; 0 where none does."
     iou = class_ious(counts)
@@ -365,7 +365,7 @@ def _resamples(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n), each
     "How often each of n is drawn, as a share."
     return np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n
 
-
+# %% ../nbs/library/02_metrics.ipynb #41d4c2d9
 def _bootstrap(values: Array, statistic: Statistic, draws: int, seed: int) -> tuple[float, np.ndarray]:
     "Return the number, and (draws,) of it from resampled seeds and queries."
     x = np.asarray(values, float)

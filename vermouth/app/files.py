@@ -188,7 +188,7 @@ def read_batches(
 # %% ../../nbs/app/00_files.ipynb #3121bc64
 MAX_NAMES = 100_000  # that braces stand for
 
-
+# %% ../../nbs/app/00_files.ipynb #80e97445
 def _count_names(name: str) -> int:
     "Return how many names braces stand for, those inside of others left out."
     count = 1
@@ -197,7 +197,7 @@ def _count_names(name: str) -> int:
         count *= abs(int(ends[1]) - int(ends[2])) + 1 if ends else inner.count(",") + 1
     return count if not re.search(r"\d{19}", name) else MAX_NAMES + 1
 
-
+# %% ../../nbs/app/00_files.ipynb #abc0551e
 def _expand_braces(name: str) -> list[str]:
     "Return the names that a pattern with braces stands for. Raises VermouthError for more than `MAX_NAMES`."
     names: list[str] = []

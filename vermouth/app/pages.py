@@ -342,7 +342,7 @@ def _newest(rows: pd.DataFrame, page: str, method: str, metric: str, setting: st
     found = found[found.setting.isin(last.setting) & found.commit.isin(last.commit)]
     return found.loc[found.seeds == found.seeds.max(), ["value", *INTERVAL[:2]]].mean()
 
-
+# %% ../../nbs/app/13_pages.ipynb #087147c7
 def _shown(number: pd.Series, form: str) -> str:
     "A number with its interval, as text."
     if pd.isna(number.value):

@@ -127,7 +127,7 @@ def named_class(caption: str, names: Sequence[str]) -> str | None:
     by_length = sorted(names, key=len, reverse=True)
     return next((name for name in by_length if re.search(rf"\b{re.escape(name)}\b", caption)), None)
 
-
+# %% ../../nbs/experiments/02_ablation.ipynb #fdf46064
 def captions_that_name(
     captions: Sequence[str],  # one per item
     items: Sequence[Item],

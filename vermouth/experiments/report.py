@@ -68,12 +68,12 @@ def difference(
 # %% ../../nbs/experiments/01_report.ipynb #7c411028
 _WORDS = {"ahead": "yes", "behind": "no, the opposite", "level": "not decided"}
 
-
+# %% ../../nbs/experiments/01_report.ipynb #1d8f5240
 def in_points(d: Interval) -> str:
     "Return a difference in points with its interval."
     return f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
 
-
+# %% ../../nbs/experiments/01_report.ipynb #87d2b134
 def _verdict(d: Interval) -> str:
     "Equation (1) in words."
     return f"{_WORDS[d.verdict]}: {in_points(d)}"

@@ -105,7 +105,7 @@ def with_intervals(
             result.append(group[0] | {"seed": "+".join(map(str, seeds))} | _interval_of(group, mean=True))
     return result
 
-
+# %% ../../nbs/experiments/00_tables.ipynb #e7443fbd
 def _interval_of(group: list[dict], mean: bool = False) -> dict:
     "Return the columns of `INTERVAL` of rows of one setting, and their mean's value and scores."
     scores = [row["scores"] for row in group if row.get("scores") is not None]
