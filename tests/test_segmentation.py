@@ -175,7 +175,8 @@ def test_the_page_writes_every_method(tmp_path):
 def test_the_page_reads_photographs(dataset, folder, tmp_path):
     root = str(Path(DATA) / "seg" / folder)
     rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=dataset, root=root, **ONE, limit=8)
-    assert set(rows.method) == METHODS | REGIONS
+    # this pack of ADE20K has no images to train on, so the head learns Toybox's names
+    assert set(rows.method) == (METHODS if dataset == "ade150" else METHODS | REGIONS)
 
 
 @real
