@@ -241,10 +241,10 @@ def test_a_line_is_taken_back(tab):
 
 
 def test_words_and_a_dropped_photo(tab, folder):
-    tab.fill("#words textarea, #words input", "a fish")
+    tab.fill("#words textarea, #words input", "a house")
     tab.keyboard.press("Enter")
     first = "document.querySelector('#hits figcaption')?.innerText"
-    tab.wait_for_function(f"{first}.includes('fish')", timeout=WAIT)
+    tab.wait_for_function(f"{first}.includes('house')", timeout=WAIT)
     photo = sorted((folder / "photos").iterdir())[0]
     tab.set_input_files("#drop input[type=file]", photo)
     tab.wait_for_function(f"name => {first}.includes(name)", arg=photo.name, timeout=WAIT)
