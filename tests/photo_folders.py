@@ -16,6 +16,14 @@ def drawn_photos(n=24):
     return [item.image for item in Toybox("photo", n=n, seed=3)]
 
 
+def write_two_classes(folder, n):
+    "Photos of unseen categories in two sub-folders."
+    for i, item in enumerate(Toybox("photo", split="unseen", n=n, seed=4)):
+        place = folder / ("boat", "fish")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        item.image.save(place / f"{i}.png")
+
+
 def write_photos(folder, n=24):
     "Photos in three sub-folders."
     for i, image in enumerate(drawn_photos(n)):

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
+from photo_folders import write_two_classes
 from program import run_here
 from safetensors.torch import save_file
-
-from vermouth.data.toybox import Toybox
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -16,10 +15,7 @@ LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 def place(backbone, tmp_path_factory):
     "Photos of two classes, and a LoRA for Toybox's U-Net."
     place = tmp_path_factory.mktemp("overlays")
-    for i, item in enumerate(Toybox("photo", split="unseen", n=12, seed=4)):
-        folder = place / "photos" / ("boat", "fish")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        item.image.save(folder / f"{i}.png")
+    write_two_classes(place / "photos", 12)
     c, d = backbone.unet.get_submodule(LAYER).weight.shape
     a, b = torch.randn(2, d), torch.randn(c, 2)
     save_file({f"unet.{LAYER}.lora_A.weight": a, f"unet.{LAYER}.lora_B.weight": b}, place / "style.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from photo_folders import write_two_classes
 from program import run_here
 from safetensors.torch import load_file, save_file
 
@@ -32,10 +33,7 @@ def student():
 def place(tmp_path_factory):
     "Photos of two classes, and their index by the student."
     place = tmp_path_factory.mktemp("student")
-    for i, item in enumerate(Toybox("photo", split="unseen", n=16, seed=4)):
-        folder = place / "photos" / ("boat", "fish")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        item.image.save(folder / f"{i}.png")
+    write_two_classes(place / "photos", 16)
     made = run_here("index", place / "photos", "--out", place / "idx", "--model", "toybox", "--fast", "--json")
     assert json.loads(made.stdout)["model"].startswith("student of toybox"), made.stderr
     return place

@@ -360,10 +360,17 @@ def mean_of_ious(counts: np.ndarray) -> np.ndarray:  # (…,3,K) → (…)
     return np.where(occurs, iou, 0).sum(-1) / np.maximum(occurs.sum(-1), 1)
 
 # %% ../nbs/library/02_metrics.ipynb #4019f444
+_FEW = 2**22  # numbers; a table's methods share the resamples of few queries, those of many are not kept
+
+
 @lru_cache(maxsize=8)
+def _kept_resamples(n: int, draws: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n
+
+
 def _resamples(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n), each row sums to 1
     "How often each of n is drawn, as a share."
-    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, draws) / n
+    return (_kept_resamples if n * draws <= _FEW else _kept_resamples.__wrapped__)(n, draws, seed)
 
 # %% ../nbs/library/02_metrics.ipynb #41d4c2d9
 def _bootstrap(values: Array, statistic: Statistic, draws: int, seed: int) -> tuple[float, np.ndarray]:
@@ -372,7 +379,7 @@ def _bootstrap(values: Array, statistic: Statistic, draws: int, seed: int) -> tu
     x = x[None] if x.ndim in (1, 3) else x
     seeds, queries, *rest = x.shape
     flat, drawn = x.reshape(seeds, queries, -1), []
-    share, chunk = _resamples(seeds, draws, seed), max(1, 2**24 // (queries + seeds * flat.shape[2]))
+    share, chunk = _resamples(seeds, draws, seed), max(1, 4 * _FEW // (queries + seeds * flat.shape[2]))
     for i, part in enumerate(_chunks(draws, chunk)):
         n = len(range(draws)[part])
         times = _resamples(queries, n, seed + 1 + i)

@@ -27,7 +27,7 @@ from .database import connect, read_photos
 from .embedding import same_model
 from .files import decode_photo, inside, read_photo, thumbnail
 from .index import Index, build_index  # noqa: F401 (one place to import from)
-from ..core import VermouthError, printable, write_atomic
+from ..core import VermouthError, open_file, printable, write_atomic
 from ..images import SUFFIXES, image_tensor, read_image
 
 # %% ../../nbs/app/02_search.ipynb #9396989c
@@ -154,6 +154,11 @@ def _template(name: str) -> Template:
 def _unicode(text: str) -> str:  # bytes of another encoding become \xNN, so that two names stay two
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
+
+def _first_bytes(path: Path) -> bytes:
+    with open_file(path) as f:
+        return f.read(4)
+
 # %% ../../nbs/app/02_search.ipynb #4bbf948c
 def escaped(text: str) -> str:
     "Return text for HTML, without marks that turn the direction of what follows."
@@ -233,7 +238,7 @@ def export(
     try:
         if self.out.resolve() in path.resolve().parents:
             raise VermouthError(f"path={str(path)!r}: inside of the index. Give a file elsewhere.")
-        if path.is_file() and (before := path.open("rb").read(4)) and before != b"PAR1":
+        if path.is_file() and _first_bytes(path) not in (b"", b"PAR1"):
             raise VermouthError(f"path={str(path)!r}: there is a file, and it is no Parquet file. Give another name.")
         with connect(self.out) as db:
             table = [[_unicode(row[0]), *row[1:]] for row in read_photos(db)]

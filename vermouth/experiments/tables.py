@@ -93,7 +93,7 @@ INTERVAL = ("low", "high", "seeds")  # of the value: 95 % interval, and over how
 def with_intervals(
     rows: Iterable[dict],  # with the columns of `ROW`, and `scores`: (Q,) of each query, or (Q,3,K) counts of images
 ) -> list[dict]:           # with the columns of `INTERVAL`, and a row more for the mean over several seeds
-    "Add the interval of each number, and means over seeds. A row without scores has no interval."
+    "Give each row its value and interval, and add means over seeds. A row without scores keeps its value."
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[c] for c in ROW if c not in ("value", "seed", "n")), []).append(row)
@@ -102,17 +102,18 @@ def with_intervals(
         result += [row | _interval_of([row]) for row in group]
         seeds = [row["seed"] for row in group]
         if len(set(seeds)) > 1 and all(row.get("scores") is not None for row in group):
-            result.append(group[0] | {"seed": "+".join(map(str, seeds))} | _interval_of(group, mean=True))
+            mean = {"seed": "+".join(map(str, seeds)), "scores": None}
+            result.append(group[0] | _interval_of(group) | mean)
     return result
 
 # %% ../../nbs/experiments/00_tables.ipynb #e7443fbd
-def _interval_of(group: list[dict], mean: bool = False) -> dict:
-    "Return the columns of `INTERVAL` of rows of one setting, and their mean's value and scores."
+def _interval_of(group: list[dict]) -> dict:
+    "Return value and columns of `INTERVAL` of rows of one setting."
     scores = [row["scores"] for row in group if row.get("scores") is not None]
     if not scores:
         return dict.fromkeys(INTERVAL[:2], float("nan")) | {"seeds": 1}
     value, low, high = (round(x, 5) for x in interval(np.stack(scores), statistic=group[0].get("statistic")))
-    return {"low": low, "high": high, "seeds": len(group)} | ({"value": value, "scores": None} if mean else {})
+    return {"value": value, "low": low, "high": high, "seeds": len(group)}
 
 # %% ../../nbs/experiments/00_tables.ipynb #2bed29ca
 def append_rows(

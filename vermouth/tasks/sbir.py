@@ -202,7 +202,7 @@ def chance_scores(
     return scores
 
 # %% ../../nbs/tasks/00_sbir.ipynb #44620b4b
-def compare_sbir(
+def compare_features(
     models: dict[str, Vermouth],  # by name, trained; the prompts, CLIP and settings of the first serve all
     split: SketchSplit,
     seed: int = 0,                # of the random weights
@@ -210,21 +210,37 @@ def compare_sbir(
     more: dict[str, Embed] | None = None,  # further baselines, as from `train_bottlenecks`
     prompts: Sequence[Sequence[str]] | None = None,  # of the test sketches and of the test photos; None makes them
     known: Mapping[str, tuple[Tensor, Tensor]] | None = None,  # features of methods, which are not computed again
-) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # features by method; one row of numbers per method
-    "Measure trained models and all baselines on the unseen classes, from one set of prompts."
+) -> dict[str, tuple[Tensor, Tensor]]:  # by method
+    "Embed the unseen classes with trained models and all baselines, from one set of prompts."
     first, known = next(iter(models.values())), known or {}
     if prompts is None:
         prompts = [
             prompts_for(first, items, "" if quiet else "captions") for items in (split.test_sketches, split.test_photos)
         ]
     embeddings = {name: model.embed for name, model in models.items()} | baseline_embedders(first, seed) | (more or {})
-    features = {
+    return {
         name: known.get(name) or embed_split(embed, split, prompts, "" if quiet else name)
         for name, embed in embeddings.items()
     }
-    table = pd.DataFrame({name: evaluate_sbir(*f, split) for name, f in features.items()}).T
-    table.loc[CHANCE] = pd.Series(chance_scores(split))  # interpolated ones have no closed form
-    return features, table
+
+# %% ../../nbs/tasks/00_sbir.ipynb #47fed0be
+Values = dict[str, dict[str, np.ndarray]]  # method → number → (Q,), what each query scored
+
+
+def _table(values: Values, split: SketchSplit) -> pd.DataFrame:  # one row of numbers per method
+    means = {method: {name: each.mean().item() for name, each in numbers.items()} for method, numbers in values.items()}
+    # interpolated numbers of chance have no closed form
+    return pd.DataFrame(means | {CHANCE: chance_scores(split)}).T
+
+# %% ../../nbs/tasks/00_sbir.ipynb #db70ed18
+def compare_sbir(
+    models: dict[str, Vermouth],  # by name, trained; the prompts, CLIP and settings of the first serve all
+    split: SketchSplit,
+    **options: Any,               # of `compare_features`: seed, quiet, more, prompts, known
+) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # features by method; one row of numbers per method
+    "Measure trained models and all baselines on the unseen classes, from one set of prompts."
+    features = compare_features(models, split, **options)
+    return features, _table({name: sbir_values(*pair, split) for name, pair in features.items()}, split)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #f4e65239
 @dataclass(frozen=True)
@@ -355,12 +371,12 @@ class SbirRun:
     history: pd.DataFrame                      # epochs of all models
     prompts: list[list[str]]                   # of the test sketches and of the test photos
     vectors: dict[str, tuple[Tensor, Tensor]]  # features of both, by method
-    table: pd.DataFrame                        # one row of numbers per method
+    values: Values
 
-    def values(self) -> dict[tuple[str, str], np.ndarray]:  # (method, metric) → (Q,)
-        "Return what each query scored."
-        each = {method: sbir_values(*pair, self.split) for method, pair in self.vectors.items()}
-        return {(method, metric): x for method, numbers in each.items() for metric, x in numbers.items()}
+    @property
+    def table(self) -> pd.DataFrame:
+        "One row of numbers per method, and chance."
+        return _table(self.values, self.split)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #ab7f451b
 PLUS, START = "Vermouth+ (ours)", "ridge start (ours)"
@@ -401,14 +417,14 @@ def study_sbir(
         known = {name: pair for name, pair in before.vectors.items() if name not in {**every, **more}}
     else:
         test_prompts = [prompts_for(first, part) for part in tests]
-    vectors, table = compare_sbir(every, split, more=more, prompts=test_prompts, known=known)
+    vectors = compare_features(every, split, more=more, prompts=test_prompts, known=known)
     if started:
         best, scales = plus_scales([*started.values()], split, prompts)
         parts = next(name for name, s in started.items() if s is best), "CLIP image tower", "caption only"
         queries, gallery = (join_parts([vectors[name][i] for name in parts], scales) for i in (0, 1))
         vectors[PLUS] = queries, gallery
-        table.loc[PLUS] = evaluate_sbir(queries, gallery, split)
-    return SbirRun(split, models, history, test_prompts, vectors, table)
+    values = {method: sbir_values(*pair, split) for method, pair in vectors.items()}
+    return SbirRun(split, models, history, test_prompts, vectors, values)
 
 # %% ../../nbs/tasks/00_sbir.ipynb #97befe8b
 def _frame(ax: Axes, item: Item, colour: str, title: str) -> None:
