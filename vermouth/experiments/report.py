@@ -119,16 +119,20 @@ def peak(
 # %% ../../nbs/experiments/01_report.ipynb #81e8e56a
 def standing(
     rows: pd.DataFrame,     # of one task, setting and metric; several methods
-    first: str,             # the method that the others are compared with
+    *others: str,           # the methods that each is compared with; those that are not in the rows are left out
     marked: str = "value",  # name of the column of numbers
 ) -> pd.DataFrame:          # text in percent; one row per method
-    "Each method with its interval, and whether it is ahead of the first, level or behind."
+    "Each method with its interval, and whether it is ahead of the others, level or behind."
     table, known = {}, rows[rows.scores.notna()]
+    measured = set(known.method)
     for row in means(rows).itertuples():
-        table[row.method] = {marked: with_interval(row), f"against {first}": ""}
-        if row.method != first and row.method in set(known.method):
-            d = difference(known, row.method, first, "method")
-            table[row.method][f"against {first}"] = f"{d.verdict}: {in_points(d)}"
+        table[row.method] = {marked: with_interval(row)}
+        for other in filter(measured.__contains__, others):
+            cell = ""
+            if row.method != other and row.method in measured:
+                d = difference(known, row.method, other, "method")
+                cell = f"{d.verdict}: {in_points(d)}"
+            table[row.method][f"against {other}"] = cell
     return pd.DataFrame.from_dict(table, orient="index")
 
 # %% ../../nbs/experiments/01_report.ipynb #75cf7b04
