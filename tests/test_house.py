@@ -43,6 +43,7 @@ LAYERS = [
     "zoo.saving",
     "zoo.student",
     "zoo.embedders",
+    "zoo.plus",
     "model",
     "store",
     "train",

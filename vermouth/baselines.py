@@ -77,14 +77,6 @@ def prompt_embedder(clip: Clip) -> Embed:
     "Embed the prompt by CLIP's text tower; the image is not used."
     return lambda images, prompts: text_embeddings(prompts, clip)
 
-# %% ../nbs/library/14_baselines.ipynb #41b52ab9
-def join_parts(
-    parts: Sequence[Tensor],  # (N,D) vectors of each part, all of one space
-    scales: Sequence[float],  # of each part
-) -> Tensor:                  # (N, sum of D)
-    "Concatenate unit vectors times a scale each: cosines become weighted sums of the parts' cosines."
-    return torch.cat([a * F.normalize(part.float(), dim=-1) for part, a in zip(parts, scales, strict=True)], 1)
-
 # %% ../nbs/library/14_baselines.ipynb #8670a31d
 def raw_pixels(
     images: list,

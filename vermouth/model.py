@@ -131,6 +131,7 @@ class Vermouth(nn.Module, HubModel):
     skip: Skip | None                            # beside the head, where `train.start_head` has made one
     source: str = ""                             # where it lies; nothing for a model that was not loaded
     logits: Mapping[str, float] = OLD_LOGITS     # scale and temperature of `classify`, as the head was trained
+    plus: Sequence[float] | None = None          # scales of `zoo.plus`: U-head, CLIP's image tower, caption
     if TYPE_CHECKING:  # methods are patched on below
         build: ClassVar[Callable[..., "Vermouth"]]
         load: ClassVar[Callable[..., "Vermouth"]]
@@ -547,6 +548,7 @@ def card(self: Vermouth) -> dict[str, Any]:  # as `saving` says, without "format
         "normalise": self.normalise,
         "start": self.skip and "ridge",
         "logits": dict(self.logits),
+        "plus": self.plus and [*self.plus],
         "uhead": {"arch": u.arch, "fuse": u.fuse, "out_res": u.out_res, "widths": list(u.widths)},
         "heads": {name: head.config for name, head in self.heads.items()},
         "training": self.training_card,
@@ -563,7 +565,7 @@ def name(self: Vermouth) -> str:
 def fingerprint(self: Vermouth) -> str:  # 16 hexadecimal digits
     "All that decides an embedding: trained weights, frozen parts and settings, whatever the parts are called here."
     defaults = {"protocol": "ours", "normalise": False, "start": None}  # left out of old fingerprints
-    left_out = ("heads", "kind", "logits", "training")
+    left_out = ("heads", "kind", "logits", "plus", "training")
     card = {k: v for k, v in self.card().items() if k not in left_out and v != defaults.get(k, ...)}
     for k, v in card.items():
         if isinstance(v, dict) and "fingerprint" in v:
@@ -670,7 +672,8 @@ def _with_heads(
         model.add_skip()
     check_state(folder, state, model.state_dict())
     model.load_state_dict(state)
-    model.training_card, model.fit, model.logits = card["training"], _read_fit(folder), card["logits"]
+    model.training_card, model.fit = card["training"], _read_fit(folder)
+    model.logits, model.plus = card["logits"], card["plus"]
     return model.eval()
 
 # %% ../nbs/library/11_model.ipynb #52b475ab

@@ -27,6 +27,7 @@ from .index import Index, build_index
 from ..core import VermouthError, local_folder
 from ..data.arrow import read_plan
 from ..store import FeatureStore, extract
+from ..zoo.plus import for_search
 
 # %% ../../nbs/app/12_cluster.ipynb #640f13ee
 def load_ray() -> ModuleType:
@@ -241,7 +242,7 @@ class PhotoWorker:
     "A model on one worker of a cluster, which embeds batches of photos."
 
     def __init__(self, load: Callable[[], Any], folder: Path):
-        self.model, self.folder = load(), folder
+        self.model, self.folder = for_search(load()), folder
 
     def do(self, photos: Sequence[Photo]) -> list[Found]:
         "Return what an index keeps of a batch of photos."

@@ -20,6 +20,7 @@ from .embedding import Found, embed_photos
 from .files import Photo, photos_below
 from ..core import VermouthError, job_share, local_folder
 from ..zoo.embedders import student_of
+from ..zoo.plus import for_search
 
 # %% ../../nbs/app/01_index.ipynb #5cd08713
 class Index:
@@ -186,7 +187,7 @@ def build_index(
     "Index a folder or bring its index up to date. Raises VermouthError for an index of another model, damaged or busy."
     if batch_size < 1:
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
-    model = student_of(model) if fast else model
+    model = for_search(student_of(model) if fast else model)
     (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), _find_photos(folder)
     if n > 1:
         update.read_part(folder, out, model, photos[k::n], f"part-{k}-of-{n}", batch_size, quiet or k > 0)

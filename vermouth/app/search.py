@@ -29,6 +29,7 @@ from .files import decode_photo, inside, read_photo, thumbnail
 from .index import Index, build_index  # noqa: F401 (one place to import from)
 from ..core import VermouthError, open_file, printable, write_atomic
 from ..images import SUFFIXES, image_tensor, read_image
+from ..zoo.plus import for_search
 
 # %% ../../nbs/app/02_search.ipynb #9396989c
 def is_words(
@@ -53,6 +54,7 @@ def query_vector(
     model: Any,   # from `open_model`, or anything with `embed` and, for words, `embed_text`
 ) -> np.ndarray:  # (1,D) float32 of length 1
     "Return where a query lies in the space of the photos. Raises VermouthError if it is empty or several images."
+    model = for_search(model)
     if not is_words(query):
         if getattr(query, "ndim", 3) == 4 or isinstance(query, (list, tuple)):
             raise VermouthError(f"query: {len(query)} images. Ask for one at a time.")
@@ -130,7 +132,7 @@ def search(
     weight: float = 1.0,      # of each of these, beside the query's 1
 ) -> list[Hit]:               # best first
     "Return the photos nearest to a drawing, a photo or words. Raises VermouthError for another model."
-    same_model(self.out, self.settings, model)
+    same_model(self.out, self.settings, for_search(model))
     return self.nearest(composed_vector(query, model, add, subtract, weight), k)
 
 # %% ../../nbs/app/02_search.ipynb #196a0ba8

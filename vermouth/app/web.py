@@ -33,6 +33,7 @@ from ..core import VermouthError
 from ..images import figure_image, read_image
 from ..model import Vermouth
 from ..visualize import features_over_blocks, features_over_time, grid, overlay
+from ..zoo.plus import for_search
 
 # %% ../../nbs/app/06_web.ipynb #44c1733b
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ def make_page(
 ) -> Any:             # gradio.Blocks
     "Return the page with all its tabs. Raises VermouthError for another model, or if gradio is not installed."
     need_gradio()
+    model = for_search(model)
     same_model(index.out, index.settings, model)
     import gradio as gr
 

@@ -33,7 +33,6 @@ from vermouth.baselines import (
     embed_items,
     expert_embedder,
     image_embedder,
-    join_parts,
     kept_rows,
     maps_for,
     prompt_embedder,
@@ -57,6 +56,7 @@ from ..store import FeatureStore
 from ..text import class_embeddings
 from ..train import Features, Ridge, pool_features, start_head, train_head
 from ..uhead import LOGITS
+from ..zoo.plus import join_parts
 
 # %% ../../nbs/tasks/00_sbir.ipynb #35673715
 STEPS = {"tuberlin": (6, 54)}  # sketches and photos of a step, where the released code does not take as many of both
@@ -343,6 +343,20 @@ def plus_scales(
     found = [choose_scales([m.vectors, *towers], m.labels, m.drawn, m.folds) for m in models]
     best = max(range(len(models)), key=lambda i: found[i][1])
     return models[best], found[best][0]
+
+# %% ../../nbs/tasks/00_sbir.ipynb #4525da25
+def search_scales(
+    model: Vermouth,         # trained
+    split: SketchSplit,      # of its seen classes
+    features: Sequence[Tensor] | Features,  # of the training images, as for `train_sbir`
+    prompts: Sequence[str],  # of these
+) -> tuple[float, ...]:      # of U-head, CLIP's image tower and caption; `plus` of the model
+    "Return the scales of a trained model and its parts, weighed on held-back seen classes."
+    started, items = start_sbir(model, split, features), [*split.train_sketches, *split.train_photos]
+    _, scales = plus_scales([started], split, prompts)
+    own = embed_items(model.embed, [items[i] for i in started.rows], [prompts[i] for i in started.rows])
+    before, after = standard_deviations([started.vectors, own], started.drawn)
+    return scales[0] * (before / after) ** 0.5, *scales[1:]
 
 # %% ../../nbs/tasks/00_sbir.ipynb #aa88cde7
 def study_models(

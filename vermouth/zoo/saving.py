@@ -64,6 +64,7 @@ _UHEAD = {
     "normalise": bool,  # maps before the heads
     "start": (str, None),  # "ridge": a linear map beside the head
     "logits": {"scale": float, "temperature": float},  # of the cosines with class names
+    "plus": ([float], None),  # scales of U-head, CLIP's image tower and caption, for a search
     "uhead": {"arch": str, "fuse": str, "out_res": int, "widths": [int]},
     "heads": dict,   # further heads: name → arguments of its class
     "training": (_TRAINING, _TRAINING | {"words": bool}, None),  # words: False where names are not compared by CLIP
@@ -121,6 +122,9 @@ def _card_error(card: dict[str, Any]) -> str:  # empty for a good card
         return difference
     if not re.fullmatch("[0-9a-f]{64}", card["weights"]):
         return "weights is no sha256"
+    plus = card.get("plus")
+    if plus is not None and (len(plus) != 3 or not all(0 <= scale < 1e6 for scale in plus) or not plus[0]):
+        return "plus holds no three scales"
     sure = (card["training"] or {"calibration": []})["calibration"]
     return "" if all(0 <= p <= 1 for p in sure) else "training.calibration holds what is no probability"
 
@@ -156,7 +160,7 @@ def read_card(folder: Path) -> dict[str, Any]:  # as `SCHEMAS` says, also where 
     if version == 1 and not {"kind", "training"} & card.keys():
         card = {"kind": "uhead", "training": None, "protocol": "ours", "normalise": False} | card
     if isinstance(card, dict) and card.get("kind") == "uhead":
-        card = {"logits": OLD_LOGITS, "start": None} | card
+        card = {"logits": OLD_LOGITS, "start": None, "plus": None} | card
     if difference := _card_error(card):
         raise folder_error(folder, f"{CARD} is damaged, {difference}. Save the model again.")
     return card
