@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureSettings
-from .core import VermouthError, choose, frozen, spent_on
+from .core import VermouthError, check_finite, choose, frozen, spent_on
 from .data.arrow import STORE_DTYPES, rounded
 from .data.extraction import in_chunks, item_ids, store_key
 from .images import image_batch, image_list
@@ -196,6 +196,8 @@ def nearest_class_mean(
 ) -> Tensor:                # (M,K) cosines
     "Return the cosine of each query with the mean of each class. Raises VermouthError for labels with gaps."
     y = _class_indices(features, labels)
+    for name, vectors in {"features": features, "queries": queries}.items():
+        check_finite(vectors, name, "Leave such images out")
     unit = F.normalize(features.float(), dim=-1)
     means = torch.stack([unit[y == k].mean(0) for k in range(int(y.max()) + 1)])
     return F.normalize(queries.float(), dim=-1) @ F.normalize(means, dim=-1).T
@@ -235,6 +237,8 @@ def linear_probe(
     y = _class_indices(features, labels).numpy()
     if y.max() < 1:
         raise VermouthError("labels: one class only. A probe needs two or more.")
+    for name, vectors in {"features": features, "queries": queries}.items():
+        check_finite(vectors, name, "Leave such images out")
     x, q = features.double().cpu().numpy(), queries.double().cpu().numpy()
     with warnings.catch_warnings():
         # the weakest penalties may stop early, and are then not chosen

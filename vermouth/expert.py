@@ -130,8 +130,9 @@ def forward(
     x = resize_maps(x, (224, 224)) if self.published else resize(x, (height, width))
     with frozen(x.device) if self.frozen else torch.autocast(x.device.type, enabled=False):
         maps = self.net(((x + 1) / 2 - self.mean) / self.std)
-    if self.frozen:  # copies are ordinary tensors, which adapters may save for their backward pass
-        maps = [m.clone() for m in maps]
+    if self.frozen:
+        check_finite(maps, f"expert={self.name!r}: its maps")
+        maps = [m.clone() for m in maps]  # ordinary tensors, which adapters may save for their backward pass
     return [m.permute(0, 3, 1, 2) if self.channels_last else m for m in maps[::-1]]
 
 # %% ../nbs/library/09_expert.ipynb #6e6d8429

@@ -31,6 +31,7 @@ from vermouth.zoo.embedders import (
     Embedder,
     Fit,
     PyramidEmbedder,
+    drawn_only,
     find_model,
     labelled,
     load_linear,
@@ -299,13 +300,6 @@ def embed(
     check_finite(vectors, f"backbone={self.backbone.name!r} with its head: the embeddings")
     return F.normalize(vectors, dim=-1)
 
-# %% ../nbs/library/11_model.ipynb #7c45bfef
-def _names(model: Vermouth, names: Sequence[str] | None) -> Sequence[str]:
-    "The classes to choose from. Raises VermouthError where there are none."
-    if names is None and not model.labels:
-        raise VermouthError("names: none, and the model has no classes of its own. Give two or more.")
-    return model.labels if names is None else names
-
 # %% ../nbs/library/11_model.ipynb #3b97b6df
 @patch(as_prop=True)
 def has_words(self: Vermouth) -> bool:
@@ -339,7 +333,9 @@ def classify(
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> Tensor:                               # (B,K) probabilities
     "Which of the names fits, by cosine with their CLIP embeddings. Raises VermouthError for empty or repeated names."
-    classes = class_embeddings(_names(self, names), self.clip).to(self.backbone.device)
+    if names is None and not self.labels:
+        raise VermouthError("names: none, and the model has no classes of its own. Give two or more.")
+    classes = class_embeddings(self.labels if names is None else names, self.clip).to(self.backbone.device)
     with frozen(self.backbone.device):
         vectors = self.embed(images, prompts, batch_size, value_range)
         return class_logits(vectors, classes, **self.logits).softmax(-1)
@@ -512,10 +508,7 @@ def misfit(
     detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]  # an image of one colour is neither drawn nor a photograph
     if not len(detailed) or self.fit.distance(self.pooled(detailed, value_range=(-1, 1))).median() <= 1:
         return ""
-    return (
-        f"model: {self.backbone.name} knows drawn pictures only; photographs will match at random. "
-        "Use --model efficientnet_lite0, a Stable Diffusion, clip:NAME or a model that you have trained."
-    )
+    return drawn_only(str(self.backbone.name))
 
 # %% ../nbs/library/11_model.ipynb #5826b083
 HEADS: dict[str, type[nn.Module]] = {"dense": DenseHead}  # classes of further heads, by their name in `model.heads`
@@ -632,10 +625,6 @@ def _check_heads(
         raise folder_error(folder, reason) from error
     check_state(folder, {key: value for key, value in state.items() if key.startswith(("uhead.", "heads."))}, want)
 
-# %% ../nbs/library/11_model.ipynb #542074ef
-def _shipped() -> Path:
-    return Path(str(files("vermouth") / "toybox" / "vermouth"))
-
 # %% ../nbs/library/11_model.ipynb #c63f6ad6
 _FIT = "fit.safetensors"  # of a model that knows one kind of picture only
 
@@ -694,7 +683,7 @@ def load(
     for source in allow:
         choose("allow", source, ("folder", "hub"))
     lies = "toybox" if folder == "toybox" else str(Path(folder).absolute())
-    folder = _shipped() if folder == "toybox" else Path(folder)
+    folder = Path(str(files("vermouth") / "toybox" / "vermouth")) if folder == "toybox" else Path(folder)
     card = read_card(folder)
     if card["kind"] != "uhead":
         raise folder_error(folder, f"a {card['kind']} model. Open it with vermouth.model.open_model.")
@@ -721,7 +710,7 @@ def load(
 def _clip_here(
     folder: str | Path,  # of a denoiser, or its name
     width: int,          # of its text encoder
-    device: Any,
+    device: str | torch.device | None,
 ) -> Clip | None:
     "The CLIP that goes with a denoiser, where its weights are on this machine."
     if folder == "toybox" or (Path(folder) / "clip").is_dir():
@@ -733,7 +722,13 @@ def _clip_here(
         return None
 
 # %% ../nbs/library/11_model.ipynb #3cdf2a41
-def _open_folder(folder: Path, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
+def _open_folder(
+    folder: Path,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    allow: Sequence[str],
+    overlay: Mapping[str, Any],
+) -> Any:
     "The model in a folder, by the files in it."
     if (folder / CARD).is_file():
         card = read_card(folder)
@@ -748,14 +743,22 @@ def _open_folder(folder: Path, device: Any, dtype: Any, allow: Sequence[str], ov
     )
 
 # %% ../nbs/library/11_model.ipynb #1ef9f8f1
-def _open_denoiser(name: str, device: Any, dtype: Any, overlay: Mapping[str, Any]) -> PyramidEmbedder:
+def _open_denoiser(
+    name: str, device: str | torch.device | None, dtype: str | torch.dtype, overlay: Mapping[str, Any]
+) -> PyramidEmbedder:
     "A training-free model of a denoiser."
     backbone = load_backbone(name, device, dtype, **overlay)
     clip = _clip_here(name, backbone.family.text_width, backbone.device)
     return PyramidEmbedder(backbone, clip)
 
 # %% ../nbs/library/11_model.ipynb #6a2a4370
-def _open_hub(name: str, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
+def _open_hub(
+    name: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    allow: Sequence[str],
+    overlay: Mapping[str, Any],
+) -> Any:
     "The model under a hub id: a trained one if it has a card, else a denoiser."
     try:
         hf_hub_download(name, CARD)
@@ -765,7 +768,13 @@ def _open_hub(name: str, device: Any, dtype: Any, allow: Sequence[str], overlay:
     return _open_folder(folder, device, dtype, allow, overlay)
 
 # %% ../nbs/library/11_model.ipynb #3a108c6a
-def _open(name: str, device: Any, dtype: Any, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
+def _open(
+    name: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    allow: Sequence[str],
+    overlay: Mapping[str, Any],
+) -> Any:
     "The model of a name other than auto. Toybox's head is of no use over another denoiser."
     if name == "toybox":
         return _open_denoiser(name, device, dtype, overlay) if overlay else Vermouth.load("toybox", device, dtype)

@@ -29,7 +29,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
-from .core import VermouthError, choose, seed_everything, spent_on, write_atomic
+from .core import VermouthError, check_finite, choose, seed_everything, spent_on, write_atomic
 from .model import Vermouth
 from .uhead import class_logits, pooled_maps
 
@@ -257,6 +257,17 @@ class NameClassifier(nn.Module):
     def forward(self, *maps: Tensor) -> Tensor:  # (B,K) or (B,K,h',w') logits
         return class_logits(self.head(list(maps)), self.classes, self.scale, self.temperature)
 
+# %% ../nbs/library/13_train.ipynb #7fb297ac
+def _finite(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    "A loss that is never NaN or infinite: one such number would make all weights NaN."
+
+    def checked(logits: Tensor, targets: Tensor) -> Tensor:
+        value = loss(logits, targets)
+        check_finite(value, "features: the loss of a batch", "Leave out the images behind it, or lower lr")
+        return value
+
+    return checked
+
 # %% ../nbs/library/13_train.ipynb #c7f08201
 @spent_on("training")
 def train_head(
@@ -287,7 +298,7 @@ def train_head(
     dls = _loaders(features, targets, groups, batch_size, held, seed, classes.device, sizes)
     learn = Learner(
         dls, NameClassifier(head, classes, scale, temperature).to(classes.device),
-        loss_func=loss or nn.CrossEntropyLoss(),
+        loss_func=_finite(loss or nn.CrossEntropyLoss()),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
         metrics=accuracy if targets.ndim == 1 else None,
         cbs=_callbacks(len(dls[1].index) > 0, clip, schedule, lr),

@@ -7,7 +7,7 @@ __all__ = ['classify_files']
 
 # %% ../../nbs/app/14_answers.ipynb #c787c744
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,18 @@ def some_images(
             continue  # reported when all images are read
     return images
 
+# %% ../../nbs/app/14_answers.ipynb #9f68ea43
+def _as_good_as_chance(metrics: Mapping[str, Any]) -> str:  # empty if it is better, or not known
+    "What a training reached, where chance might have."
+    for name, least in (("accuracy", 0.0), ("mAP@all", 1.2)):
+        value, chance, images = (metrics.get(key) for key in (name, "chance", "test images"))
+        if not all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in (value, chance, images or 1)):
+            continue
+        doubt = 2 * (max(0.0, chance * (1 - chance)) / images) ** 0.5 if images else 0.0  # two standard deviations
+        if value <= max(least * chance, chance + doubt):
+            return f"{name} {value:.1%} on held-out images, where chance gives {chance:.1%}"
+    return ""
+
 # %% ../../nbs/app/14_answers.ipynb #402a1b9f
 def fit_note(
     model: Any,             # from `open_model`
@@ -41,11 +53,14 @@ def fit_note(
 ) -> str:                   # what to say before any result; empty if there is nothing to say
     "Return why the images do not fit the model. Raises VermouthError if they do not and the model was chosen by auto."
     note = model.misfit(images) if images else ""
+    guess = _as_good_as_chance((getattr(model, "training_card", None) or {}).get("metrics", {}))
     if note and chosen:
         raise VermouthError(
             f"model='auto': only {model.source} is here for words, and it knows drawn pictures only. Train on your own "
             "images (vermouth train ROOT --out MODEL), or pass --model clip:NAME, or --model toybox for random answers."
         )
+    if guess and not note:
+        return f"model: its training reached {guess}: its answers are guesses. Train it on another --model."
     return note
 
 # %% ../../nbs/app/14_answers.ipynb #e773a814

@@ -81,7 +81,7 @@ def _index(path: Path) -> Found:
     found = Index(path)
     _warn_of_skipped(found.skipped)
     about = f"{found.how}; made by {found.settings['model']}"
-    return about, [_line("vermouth search {} 'a red car'", path), _line("vermouth verify {}  # reads all of it", path)]
+    return about, [_line("vermouth search {} PHOTO", path), _line("vermouth verify {}  # reads all of it", path)]
 
 # %% ../../nbs/app/10_check.ipynb #6c9d0470
 def _store(path: Path) -> Found:

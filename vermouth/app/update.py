@@ -72,6 +72,19 @@ def keep(db: sqlite3.Connection, found: Sequence[Found], rows: dict, known: set)
     known |= {content[0] for _, content in found} - {None}
     return len(new & {content[0] for _, content in found if len(content) > 1 and content[3] is None})
 
+# %% ../../nbs/app/16_update.ipynb #0f0a90ae
+ALIKE = 0.99  # mean cosine of two photos, above which a model tells hardly anything apart
+
+
+def _alike(vectors: np.ndarray) -> str:  # (N,D) of length 1
+    "Why hits mean nothing, where all vectors are nearly the same; nothing for other ones, or for a few photos."
+    n = len(np.unique(vectors.round(6), axis=0))
+    if n < 8:
+        return ""
+    mean = float(((vectors.sum(0) ** 2).sum() - len(vectors)) / (len(vectors) * (len(vectors) - 1)))
+    what = f"any two of the photos are alike to it (mean cosine {mean:.4f}), as to a network without trained weights"
+    return f"model: {what}; hits are at random. Use another --model." if mean > ALIKE else ""
+
 # %% ../../nbs/app/16_update.ipynb #b977c181
 def publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: int, head: dict[str, Any]) -> None:
     "Make what was read the index, without the photos that are gone. Raises VermouthError if no photo can be used."
@@ -89,6 +102,7 @@ def publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: 
         some = database.read_vectors(db, ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)])
         nearest = float(np.median(database.find_nearest(index, some, min(len(ids), 2))[0][:, -1]))
         head |= {"recall": recall, "trained": trained, "nearest": nearest, "count": len(ids), "dim": index.d}
+        head["misfit"] = head.get("misfit") or _alike(some)
         head |= {"checksum": seal([head["fingerprint"], *(row[1:] for row in rows)])}
         head |= {"neighbours": database.write_neighbours(out, index), "last": _newest(db)}
         database.write_settings(db, **head)

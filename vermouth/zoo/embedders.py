@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,7 +108,7 @@ class Embedder:
 @patch
 def misfit(self: Embedder, images: Images, value_range: AnyRange = None) -> str:
     "Return why a sample of images is not what the model was made for; nothing where it is not known."
-    return ""
+    return _toybox_misfit(images, value_range) if self.name in ("toybox", "clip:toybox") else ""
 
 # %% ../../nbs/zoo/01_embedders.ipynb #52d558be
 @patch
@@ -538,6 +538,27 @@ def student_folder(
             return folder
     return None
 
+# %% ../../nbs/zoo/01_embedders.ipynb #d490bd43
+def drawn_only(name: str) -> str:
+    "What is said of photographs that come to a model of the Toybox."
+    return (
+        f"model: {name} knows drawn pictures only; photographs will match at random. "
+        "Use --model efficientnet_lite0, a Stable Diffusion, clip:NAME or a model that you have trained."
+    )
+
+# %% ../../nbs/zoo/01_embedders.ipynb #bb56ebb9
+@cache
+def _drawn_world() -> Student:
+    folder = student_folder("toybox") or Path()
+    return load_student(folder, read_card(folder), "cpu")
+
+
+def _toybox_misfit(images: Images, value_range: AnyRange) -> str:
+    "Why images do not fit the Toybox."
+    student = _drawn_world()
+    pixels = image_batch(images, student.size, value_range)
+    return "" if _are_known(student.net, student.fit, pixels) else drawn_only("toybox")
+
 # %% ../../nbs/zoo/01_embedders.ipynb #72950a33
 def student_of(
     model: Any,          # a name as for `vermouth.model.open_model`, or what that has opened
@@ -578,6 +599,7 @@ def fit_linear(
     classes: int = 0,       # K; 0 takes the highest label
 ) -> dict[str, Tensor]:     # mean (D,), scale (1,), weight (K,D), bias (K,)
     "Return logistic regression of centred vectors: the minimum of cross-entropy and ½|W|²/strength."
+    check_finite(vectors, "vectors", "Leave such images out")
     mean, scale = vectors.mean(0), vectors.std().clamp_min(1e-6)
     x, labels = (vectors - mean) / scale, labels.to(vectors.device)
     weight = x.new_zeros(classes or int(labels.max()) + 1, x.shape[1], requires_grad=True)
@@ -602,6 +624,7 @@ def fit_whitening(
     most: int = 1024,      # directions kept, those of most variance
 ) -> dict[str, Tensor]:    # as from `fit_linear`: mean (D,), scale (1,), weight (E,D), bias (E,), E ≤ D
     "Return the projection in which images of one class differ alike in all directions."
+    check_finite(vectors, "vectors", "Leave such images out")
     mean = vectors.mean(0)
     _, _, axes = torch.linalg.svd(vectors - mean, full_matrices=False)
     x = (vectors - mean) @ (axes := axes[:most]).T
@@ -642,6 +665,9 @@ class LinearClassifier(HubModel, Embedder):
 
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         return self.features.embed_text(texts) if self.has_words else super().embed_text(texts)
+
+    def misfit(self, images: Images, value_range: AnyRange = None) -> str:
+        return self.features.misfit(images, value_range)
 
 # %% ../../nbs/zoo/01_embedders.ipynb #a99e813b
 @patch(cls_method=True)

@@ -288,13 +288,6 @@ LICENCES = {  # of frozen parts, by what begins their names
     "resnet18": "BSD-3-Clause",
 }
 
-# %% ../../nbs/zoo/00_saving.ipynb #e6623408
-def _parts(card: dict[str, Any]) -> dict[str, str]:  # role → name
-    "The frozen parts that a card names."
-    entries = card["features"] if card["kind"] == "linear" else card
-    roles = ("backbone", "clip", "captioner", "expert")
-    return {role: entries[role]["name"] for role in roles if entries.get(role)}
-
 # %% ../../nbs/zoo/00_saving.ipynb #91e9abf4
 def _as_text(value: object) -> str:
     "Return a name or number as Markdown that shows it and does nothing else."
@@ -316,7 +309,9 @@ def model_page(
     lines += ["", "| metric | value |", "|---|---|"] * bool(training["metrics"])
     lines += [f"| {_as_text(name)} | {_as_text(value)} |" for name, value in training["metrics"].items()]
     lines += ["", "The frozen parts are not in this repository:", "", "| part | name | licence |", "|---|---|---|"]
-    for role, name in _parts(card).items():
+    entries = card["features"] if card["kind"] == "linear" else card
+    for role in [role for role in ("backbone", "clip", "captioner", "expert") if entries.get(role)]:
+        name = entries[role]["name"]
         known = (text for start, text in LICENCES.items() if name.startswith(start))
         lines.append(f"| {role} | {_as_text(name)} | {next(known, 'see its own page')} |")
     lines += ["", "```sh", f"vermouth classify photo.jpg --model {repo}", "```"] * (training["task"] == "classify")
