@@ -34,6 +34,10 @@ from ..hooks import place_names
 from ..images import FITS, ValueRange, explained, file_bytes, flatten, image_tensor, open_image
 from ..text import Captioner, shrink_picture
 
+# %% ../../nbs/data/08_extraction.ipynb #6b0c4941
+if TYPE_CHECKING:
+    from vermouth.expert import Expert
+
 # %% ../../nbs/data/08_extraction.ipynb #a5c1c5fb
 def image_of(
     item: Any,  # path, PIL image, uint8 array (H,W,3), tensor (3,H,W) in [-1,1], or an object with an `image`
@@ -144,7 +148,7 @@ def store_key(
     backbone: Backbone,
     prompts: Sequence[str] | None = None,       # one per item, where they are given
     captioner: Captioner | None = None,         # writes the prompts that are not given
-    expert: Any = None,                         # from `vermouth.expert.load_expert`; its maps follow the backbone's
+    expert: "Expert | None" = None,             # its maps follow the backbone's
     size: int | tuple[int, int] | None = None,  # images are resized to this
     dtype: str = "float16",                     # of the stored numbers
     fit: str = "squash",                        # one of `images.FITS`
@@ -191,7 +195,7 @@ class Job:
     out: Path
     prompts: list[str] | None  # None: from the captioner, or empty
     captioner: Captioner | None
-    expert: Any
+    expert: "Expert | None"
     size: int | tuple[int, int] | None
     batch_size: int
     key: dict[str, Any]
@@ -252,12 +256,13 @@ def run_models(
     prompts = job.captioner(list(images), value_range=job.value_range or (-1, 1)) if job.captioner else prompts
     options = {"size": "keep", "batch_size": job.batch_size, "value_range": (-1, 1)}
     found: dict[str, Tensor] = {}
+    expert = job.expert
     for view in job.views:
         pixels, end = (x, "") if view == "plain" else (x.flip(-1), f"_{view}")
         maps = job.backbone.features(pixels, prompts, **options, **job.settings)
         found |= {f"level{j}{end}": m for j, m in enumerate(maps)}
-        if job.expert:
-            maps = in_batches(lambda part: job.expert(pixels[part], (-1, 1)), len(images), job.batch_size)  # noqa: B023
+        if expert:
+            maps = in_batches(lambda part: expert(pixels[part], (-1, 1)), len(images), job.batch_size)  # noqa: B023
             found |= {f"expert{j}{end}": m for j, m in enumerate(maps)}
     return prompts, found
 
@@ -291,7 +296,7 @@ def make_plan(job: Job, shard_size: int | None) -> Plan:
 
 # %% ../../nbs/data/08_extraction.ipynb #40f80831
 def check_disk(job: Job, quiet: bool) -> None:
-    "Say what the missing shards will take and what is free. Raises VermouthError if that is too little."
+    "Say what the missing shards will take, where it is much, and what is free. Raises VermouthError for too little."
     missing, free = {*job.plan.shards} - {*shards_in(job.out)}, shutil.disk_usage(job.out).free
     items = sum(len(job.plan.part(k)) for k in missing)
     # numbers, Arrow's offsets, and texts
@@ -301,7 +306,7 @@ def check_disk(job: Job, quiet: bool) -> None:
             f"out={str(job.out)!r}: {items:,} items take {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free. "
             "Free some space, give another disk, or ask for fewer stages."
         )
-    if items and not quiet:
+    if size > 1e9 and not quiet:
         print(f"{items:,} items take {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free.")
 
 # %% ../../nbs/data/08_extraction.ipynb #98e596a2
