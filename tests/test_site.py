@@ -8,9 +8,8 @@ from pathlib import PurePosixPath
 
 import nbformat
 import pytest
-import yaml
-from conftest import ROOT
-from house import NBS, PAGES, RESULTS, quarto, settings
+from house import NBS, PAGES, RESULTS, default_exp, quarto, settings
+from site_pages import front_matter, longest_word, outputs, tables, words_shown
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +19,6 @@ def site(checkout):
     run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return {page: nbformat.read(checkout / "_proc" / page, as_version=4).cells for page in PAGES}
-
-
-def front_matter(cells):
-    return yaml.safe_load(cells[0].source.strip().strip("-"))
-
-
-def outputs(cells):
-    "Each output of code cells with what it shows as text, by kind."
-    for cell in cells:
-        for output in cell.get("outputs", ()):
-            yield cell, output, {kind: "".join(text) for kind, text in output.get("data", {}).items()}
 
 
 def test_every_page_of_the_site_has_a_title_and_a_sentence(site):
@@ -76,6 +64,9 @@ def test_no_page_loads_a_script_from_elsewhere(site):
 
 def test_progress_bars_leave_nothing_behind(site):
     bad = [page for page, cells in site.items() for _, output, _ in outputs(cells) if output.get("name") == "stderr"]
+    for page, cells in site.items():
+        shown = ["".join([*kinds.values(), *output.get("text", "")]) for _, output, kinds in outputs(cells)]
+        bad += [page] if any(mark in text for text in shown for mark in ("█", "GB are free")) else []
     assert not bad, sorted(set(bad))
 
 
@@ -102,41 +93,58 @@ def test_checks_and_imports_are_folded(site):
         assert sum(f'code-summary: "{summary}"' in source for source in sources) > 10, summary
 
 
-def listed(contents):
-    for entry in contents:
-        if isinstance(entry, str):
-            yield entry
-        elif "href" in entry:
-            yield entry["href"]
-        else:
-            yield from listed(entry["contents"])
-
-
-def test_the_site_lists_every_page_once():
-    assert (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
-    website = quarto()["website"]
-    entries = [page for sidebar in website["sidebar"] for page in listed(sidebar["contents"])]
-    assert sorted(entries) == sorted(PAGES), (
-        f"_quarto.yml lacks {sorted(set(PAGES) - set(entries))}, has in excess {sorted(set(entries) - set(PAGES))}"
-    )
-    assert {entry["href"] for entry in website["navbar"]["left"]} <= set(PAGES)
-
-
-def test_the_site_agrees_with_settings():
-    website, ours = quarto()["website"], settings()
-    assert [website["title"], website["description"], website["repo-url"], website["repo-branch"]] == [
-        ours[k] for k in ("title", "description", "git_url", "branch")
-    ]
-    assert quarto()["project"]["output-dir"] == ours["doc_path"]
-
-
 def test_no_link_stands_inside_a_link(site):
-    texts = [(page, cell.source) for page, cells in site.items() for cell in cells if cell.cell_type == "markdown"]
-    prose = [(page, re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)) for page, text in texts]
+    prose = [(page, words_shown(cells)) for page, cells in site.items()]
     links = [(page, link) for page, text in prose for link in re.findall(r"\[[^]!]*\[[^]]*\]\([^)]*\)[^][]*\]\(", text)]
     assert not [f"{page}: {link}" for page, link in links if not link.startswith("[![")]
     commands = [page for page, text in prose if "app/cli.html#" in text and page != "app/08_cli.ipynb"]
     assert not commands, f"a command is linked where a function is meant: {commands}"
+
+
+def test_names_lead_to_their_own_definition(site):
+    "On the table of all names and beside each signature: to the module of the section or page."
+    from vermouth._modidx import d as index
+
+    api = "\n".join(kinds.get("text/markdown", "") for *_, kinds in outputs(site["api.ipynb"]))
+    sections = re.findall(r"^## \[(vermouth[\w.]+)\].*?\n(.*?)(?=^## |\Z)", api, re.M | re.S)
+    rows = [(m, *row) for m, text in sections for row in re.findall(r"^\| \[`([\w.]+)`\]\((\S+?)\)", text, re.M)]
+    assert len(rows) > 300
+    bad = [f"{m}.{name}: {to}" for m, name, to in rows if not to.endswith("/" + index["syms"][m][f"{m}.{name}"][0])]
+    assert not bad, bad
+    assert ("vermouth.store", "extract") in [row[:2] for row in rows]
+    for page, cells in site.items():
+        module = default_exp(page)
+        shown = [kinds.get("text/markdown", "") for *_, kinds in outputs(cells)] if module else []
+        files = [to for text in shown for to in re.findall(r"^\[source\]\(\S+?/blob/\w+/(\S+?\.py)", text, re.M)]
+        bad += [f"{page}: {file}" for file in files if file != f"vermouth/{module.replace('.', '/')}.py"]
+    assert not bad, bad
+
+
+def test_rows_of_results_are_no_classes(site):
+    text = "\n".join(words_shown(site[page]) for page in RESULTS)
+    assert "`Vermouth`" in text and "[`Vermouth`](" not in text
+
+
+def test_what_stands_below_is_there(site):
+    "A cell that is exported is hidden, unless it says `#| show_source`."
+    bad = []
+    for page, cells in site.items():
+        for i, cell in enumerate(cells):
+            said = re.search(r"(?i)\b(table|patterns|those|formats) below\b", cell.source)
+            if said and cell.cell_type == "markdown":
+                rest = [c for c in cells[i:] if c.cell_type == "code" or "\n|" in c.source[said.end() * (c is cell) :]]
+                bad += [] if rest else [f"{page}: {said[0]}"]
+    assert not bad, bad
+    for page, name in (
+        ("library/01_images", "FORMATS"),
+        ("library/05_uhead", "DETAILS"),
+        ("library/06_seghead", "DECODERS"),
+        ("library/07_checkpoint", "def _patterns"),
+        ("families/09_adapters", "ADAPTERS"),
+    ):
+        assert any(re.search(rf"^{name}\b", c.source, re.M) for c in site[f"{page}.ipynb"] if c.cell_type == "code"), (
+            page
+        )
 
 
 def test_what_to_try_comes_first(site):
@@ -149,34 +157,6 @@ def test_what_to_try_comes_first(site):
         if cell.cell_type == "code"
     ]
     assert not late, sorted(set(late))
-
-
-def test_the_bar_leads_to_what_a_reader_wants():
-    website = quarto()["website"]
-    assert [entry["text"] for entry in website["navbar"]["left"]] == ["Start", "Use", "Paper", "Results", "API"]
-    assert all(sidebar["collapse-level"] == 1 for sidebar in website["sidebar"])
-    assert website["sidebar"][-1]["contents"][-1]["section"] == "Internals"
-
-
-def words_shown(cells):
-    "All words of a page: prose and what code shows, without fences."
-    shown = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    shown += [kinds.get("text/markdown", kinds.get("text/plain", "")) for *_, kinds in outputs(cells)]
-    return re.sub(r"^```.*?^```", "", "\n".join(shown), flags=re.M | re.S)
-
-
-def tables(text):
-    "The tables of a Markdown text as lists of rows."
-    for block in re.findall(r"(?:^\|.*\|[ ]*\n?)+", text, re.M):
-        rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.splitlines()]
-        if len(rows) > 1 and re.fullmatch(r"[ :-]+", rows[1][0]):
-            yield rows
-
-
-def longest_word(cell):
-    "Of a cell as it is shown: without the address of a link or the marks of code."
-    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").replace("*", "")
-    return max(map(len, re.split(r"[\s/\-]+", shown)), default=0)
 
 
 def test_tables_fit_the_column_of_text(site):
@@ -199,6 +179,15 @@ def test_no_table_is_a_dump_of_rows_with_provenance(site):
         if {"versions", "finished"} & {cell.strip() for cell in rows[0]}
     ]
     assert not bad, bad
+
+
+def test_tables_name_their_rows(site):
+    "By methods, not by a running number, and each part of a wide table begins with the name of its group."
+    texts = [(page, words_shown(cells)) for page, cells in site.items()]
+    shown = [(page, rows[0], rows[2:]) for page, text in texts for rows in tables(text) if len(rows) > 4]
+    bad = [page for page, head, rows in shown if not head[0].strip() and rows[0][0].strip() == "0"]
+    bad += [page for page, head, rows in shown if head[0].strip() == "from" and not rows[0][0].strip()]
+    assert any(head[0].strip() == "from" for _, head, _ in shown) and not bad, bad
 
 
 def test_equations_fit_the_column_of_text(site):
@@ -291,8 +280,3 @@ def test_pictures_of_the_gallery_lead_to_their_pages(site):
     pictures = re.findall(r"\[!\[([^]]+)\]\(([^)]+)\)\]\(([^)]+)\)", text)
     assert len(pictures) > 9 and text.count("![") == len(pictures)
     assert all((NBS / picture).is_file() and page in PAGES for _, picture, page in pictures)
-
-
-def test_styles_fetch_nothing():
-    style = (NBS / "styles.css").read_text(encoding="utf-8")
-    assert not re.findall(r"@import|url\(", style)

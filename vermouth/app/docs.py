@@ -6,14 +6,14 @@
 __all__ = ['readme_text', 'write_readme', 'results_table', 'api_tables']
 
 # %% ../../nbs/app/09_docs.ipynb #4e8d6da4
+import argparse
 import ast
 import csv
 import json
 import posixpath
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any, NamedTuple
@@ -26,6 +26,12 @@ from ..experiments.tables import unescape_formula
 # %% ../../nbs/app/09_docs.ipynb #79634c6a
 _LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|[#/])([^)\"\s]+)")
 _FENCE = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
+_BUTTON = re.compile(r"(\[[^\[\]]*\]\([^()\s]*\))\{[^{}]*\.btn\b[^{}]*\}")
+
+
+def _plain_buttons(text: str) -> str:
+    "Markdown whose links that Quarto shows as buttons are bold links, with a dot between two."
+    return re.sub(r"(?<=\)\*\*)\n(?=\*\*\[)", " · ", _BUTTON.sub(r"**\1**", text))
 
 # %% ../../nbs/app/09_docs.ipynb #cc3ab627
 def _move_links(
@@ -38,7 +44,7 @@ def _move_links(
         return link[1] + posixpath.normpath(posixpath.join(folder, link[2]))
 
     parts = _FENCE.split(text)  # prose, fence, prose, fence, …
-    return "".join(part if i % 2 else _LINK.sub(moved, part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else _LINK.sub(moved, _plain_buttons(part)) for i, part in enumerate(parts))
 
 # %% ../../nbs/app/09_docs.ipynb #a53d84e2
 def _output_markdown(
@@ -153,7 +159,7 @@ def _page_copy(
 
     blocks = [block for cell in page.cells for block in _cell_markdown(cell, pictures=True) if block]
     parts = _FENCE.split("\n\n".join([f"# {page.title}", f"> {page.about}", *blocks]))
-    return "".join(part if i % 2 else _LINK.sub(copy_of, part) for i, part in enumerate(parts)) + "\n"
+    return "".join(p if i % 2 else _LINK.sub(copy_of, _plain_buttons(p)) for i, p in enumerate(parts)) + "\n"
 
 # %% ../../nbs/app/09_docs.ipynb #aa531aa6
 def _llms_text(
@@ -443,7 +449,7 @@ def _page_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
         (page, c) for page, cells in code.pages.items() for c in cells if re.search(r"^#\|\s*exports?i?\b", c, re.M)
     ]
     pages = dict.fromkeys(page for page, _ in exported)
-    shown = {page for page, cell in exported if re.search(r"^#\|\s*exports\b", cell, re.M)}
+    shown = {page for page, cell in exported if re.search(r"^#\|\s*(exports|show_source)\b", cell, re.M)}
     sizes = [len(cell.splitlines()) for _, cell in exported]
     long = [f"{page}: {cell.splitlines()[1]}" for page, cell in exported if len(cell.splitlines()) > 40]
     tests = {name: len(text.splitlines()) for name, text in code.tests.items()}
@@ -473,10 +479,27 @@ def house_table(
     return "\n".join([table, *(lists if cases else [])])
 
 # %% ../../nbs/app/09_docs.ipynb #9de8e7ab
-if __name__ == "__main__" and "__file__" in globals():
-    if "--house" in sys.argv:
-        print(house_table(cases="--list" in sys.argv))
-    elif "--markdown" in sys.argv:
+def _main(
+    words: Sequence[str] | None = None,  # of the command line; None: those of this process
+) -> None:
+    "Do what the command line asks for."
+    about = "Write README.md from nbs/index.ipynb."
+    parser = argparse.ArgumentParser("python -m vermouth.app.docs", description=about, allow_abbrev=False)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--house", action="store_true", help="print figures of the code instead")
+    markdown = "after nbdev_docs: write llms.txt and each page of the site in Markdown instead"
+    instead.add_argument("--markdown", action="store_true", help=markdown)
+    parser.add_argument("--list", action="store_true", help="with --house: print what is counted, too")
+    asked = parser.parse_args(words)
+    if asked.list and not asked.house:
+        parser.error("--list goes with --house")
+    if asked.house:
+        print(house_table(cases=asked.list))
+    elif asked.markdown:
         print(f"wrote {len(write_site_markdown())} files")
     else:
         print(f"wrote {write_readme()}")
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    _main()

@@ -11,10 +11,11 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,35 @@ def source_signature(
 class SignatureRenderer(MarkdownRenderer):
     "What `show_doc` shows of a function or class: source link, signature, docstring."
 
+    page_module = ""  # what the page that is processed exports to; its own definitions are in `__main__`
+
     def __init__(self, sym: Any, name: str | None = None, title_level: int = 3):
         # without evaluating annotations, which may name types that only type checkers import
-        sym = getattr(sym, "fget", None) or inspect.unwrap(sym)
-        self.sym, self.title_level, self.docs = sym, title_level, inspect.getdoc(sym) or ""
-        self.nm, module = name or qual_name(sym), getattr(sym, "__module__", "__main__")
-        self.fn = qual_name(sym) if module == "__main__" else f"{module}.{qual_name(sym)}"
+        sym = getattr(sym, "fget", None) or sym
+        self.path = qual_name(sym)  # before unwrapping: what `patch` puts on a class keeps its first name inside
+        self.sym = sym = inspect.unwrap(sym)
+        self.title_level, self.docs = title_level, inspect.getdoc(sym) or ""
+        module = getattr(sym, "__module__", "__main__")
+        self.module = self.page_module if module == "__main__" else module
+        self.nm, self.fn = name or self.path, f"{self.module}.{self.path}".lstrip(".")
         self.dm = f"{self.nm}(…)"
 
-    def _repr_markdown_(self) -> str:
-        from nbdev.doclinks import NbdevLookup
+    def _link(self) -> str:
+        "The address of the line where the definition starts; empty for what no module of ours has."
+        from nbdev.doclinks import NbdevLookup, _lineno
 
-        link = re.sub(r"#LNone$", "", NbdevLookup().code(self.fn) or "")  # nbdev knows no lines of classes
-        symbol = self.sym
-        if inspect.isclass(symbol) and (module := re.search(r"/blob/\w+/([\w/]+)\.py", link)):
+        found = NbdevLookup()[self.fn]
+        if not isinstance(found, tuple):
+            return ""
+        _, file, address = found
+        line = _lineno(self.path, file)
+        return f"{address}#L{line}" if line else address
+
+    def _repr_markdown_(self) -> str:
+        symbol, link = self.sym, self._link()
+        if inspect.isclass(symbol) and link and self.module:
             # a class of a page has no source of its own; its module's has
-            symbol = getattr(import_module(module[1].replace("/", ".")), symbol.__name__, symbol)
+            symbol = getattr(import_module(self.module), symbol.__name__, symbol)
         source = f'[source]({link}){{target="_blank" style="float:right; font-size:smaller"}}\n\n' if link else ""
         code = f"```python\n{source_signature(symbol) or self.dm}\n```"
         docs = f"\n\n*{self.docs}*" if self.docs and "\n" not in self.docs else f"\n\n{self.docs or ''}"
@@ -146,7 +160,7 @@ def _needs(
     letters = max((len(word) for cell in cells for word in cell.split()), default=0)
     return 16 + 8 * max(letters, min(words, max(map(len, cells))))
 
-
+# %% ../../nbs/app/13_pages.ipynb #804fdf52
 def _blocks(
     lines: list[list[str]],  # header and body
     keys: int,               # columns that name the rows
@@ -173,6 +187,38 @@ def _pipe_table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../../nbs/app/13_pages.ipynb #18d28373
+def _named_groups(
+    rows: list[list[str]],  # an empty cell that names rows stands for the one above it
+    keys: int,              # columns that name the rows
+) -> list[list[str]]:
+    "The rows that are not empty, each group's name in the first of them."
+    above, last, named = [""] * (keys - 1), [""] * (keys - 1), []
+    for row in rows:
+        above = [cell or name for cell, name in zip(row, above)]
+        if set(row[keys:]) - {"", "–"}:
+            new = next((i for i in range(keys - 1) if above[i] != last[i]), keys - 1)
+            named.append([*([""] * new), *above[new:], *row[max(keys - 1, 0) :]])
+            last = above
+    return named
+
+# %% ../../nbs/app/13_pages.ipynb #eed12db1
+def _unnumbered(
+    lines: list[list[str]],             # header and body
+    keys: int,                          # columns that name the rows
+) -> tuple[list[list[str]], int, str]:  # the same, and what all rows share
+    "A list of rows without its running index: methods name the rows, and what all rows share is said once."
+    head, *body = lines
+    numbers = [int(row[0]) if row[0].isdecimal() else -1 for row in lines]
+    counts = all(new in (0, old + 1) for old, new in pairwise(numbers))
+    if keys != 1 or head[0] or len(head) < 3 or not counts:
+        return lines, keys, ""
+    columns = sorted(list(zip(*lines, strict=True))[1:], key=lambda column: column[0] != "method")
+    shared = [column for column in columns if len(body) > 3 and set(column[1:]) == {column[1]} != {""}]
+    left = [column for column in columns if column not in shared] or columns
+    said = ", ".join(f"{name} {value}" for name, value, *_ in shared if len(left) < len(columns))
+    return [list(line) for line in zip(*left, strict=True)], int(left[0][0] == "method"), said
+
+# %% ../../nbs/app/13_pages.ipynb #5592de42
 def markdown_table(html: str) -> str:
     "The first table of an HTML text in Markdown, or several where it is wider than the page; empty if there is none."
     parser = _Table()
@@ -184,11 +230,12 @@ def markdown_table(html: str) -> str:
     rows = [row + [""] * (width - len(row)) for row in rows]
     lines = [_one_head(rows[:heads], parser.keys)]
     lines += [["–" if cell == "NaN" else cell for cell in row] for row in rows[heads:]]
-    tables = []
-    for columns in (groups := _blocks(lines, parser.keys)):
+    lines, keys, said = _unnumbered(lines, parser.keys)
+    tables = [f"In all rows: {said}."] if said else []
+    for columns in (groups := _blocks(lines, keys)):
         shown = [[row[i] for i in columns] for row in lines]
         if len(groups) > 1:
-            shown = shown[:1] + [row for row in shown[1:] if set(row[parser.keys :]) - {"", "–"}]
+            shown = shown[:1] + _named_groups(shown[1:], keys)
         tables.append(_pipe_table(shown))
     return "\n\n".join(tables)
 
@@ -247,19 +294,45 @@ def _site_title(path: str | Path) -> str:
 
 # %% ../../nbs/app/13_pages.ipynb #f074d23b
 _NESTED = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^()\s]*\)([^\[\]]*)\]\(")
-_COMMAND = re.compile(r"\[(`(\w+)(?:\(\))?`)\]\((\S*?)app/cli\.html#\w+\)")
+_NAMED = re.compile(r"\[(`([\w.]+)(?:\(\))?`)\]\(([^()\s]*?)(\w+/\w+\.html#[\w.]+)\)")
+_ROW = re.compile(r"<t[hd][^>]*>([^<>]+)</t[hd]>|^\| *`?([^|`]+?)`? *\|", re.M)
+
+
+@cache
+def _places() -> dict[str, dict[str, str]]:  # name → module → where the site explains it
+    "All definitions of the package without the program's commands."
+    places: dict[str, dict[str, str]] = {}
+    for module, names in import_module("vermouth._modidx").d["syms"].items():
+        for name, (place, _) in names.items() if module != "vermouth.app.cli" else ():
+            places.setdefault(name.removeprefix(f"{module}."), {})[module] = place
+    return places
 
 # %% ../../nbs/app/13_pages.ipynb #b80609b5
-def _mend_links(text: str) -> str:
-    "Markdown without links inside links, and without a command where a function is meant."
+def _mend_links(
+    text: str,                   # Markdown with the links that nbdev has made
+    module: str = "",            # whose names come first
+    rows: Collection[str] = (),  # names of rows, which are not linked
+) -> str:
+    "Markdown without links inside links, whose names lead to what they mean."
 
-    def function(command: re.Match[str]) -> str:
-        known = import_module("vermouth._modidx").d["syms"]
-        modules = {module: syms for module, syms in known.items() if module != "vermouth.app.cli"}
-        places = [syms[name][0] for module, syms in modules.items() if (name := f"{module}.{command[2]}") in syms]
-        return f"[{command[1]}]({command[3]}{places[0]})" if places else command[1]
+    def mended(link: re.Match[str]) -> str:
+        shown, name, site, place = link.groups()
+        places = _places().get(name, {})
+        if name in rows or (not places and place.startswith("app/cli.html")):
+            return shown
+        if not places:
+            return link[0]
+        found = places.get(module) or (next(iter(places.values())) if len(places) == 1 else "")
+        return f"[{shown}]({site}{found})" if found else shown
 
-    return _COMMAND.sub(function, _NESTED.sub(r"[\1\2\3](", text))
+    return _NAMED.sub(mended, _NESTED.sub(r"[\1\2\3](", text))
+
+# %% ../../nbs/app/13_pages.ipynb #15b21508
+def _mend_sections(text: str, module: str, rows: Collection[str]) -> str:
+    "Markdown with mended links, where a section called after a module holds that module's names."
+    parts = re.split(r"^(?=## \[vermouth[\w.]+\])", text, flags=re.M)
+    heads = [re.match(r"## \[(vermouth[\w.]+)\]", part) for part in parts]
+    return "".join(_mend_links(p, head[1] if head else module, rows) for p, head in zip(parts, heads, strict=True))
 
 # %% ../../nbs/app/13_pages.ipynb #a398a6fb
 def _try_it_first(cells: list[Any]) -> list[Any]:
@@ -271,6 +344,26 @@ def _try_it_first(cells: list[Any]) -> list[Any]:
     stop = next((i for i in range(start + 1, len(cells)) if cells[i].source.startswith("## ")), len(cells))
     return [*cells[:first], *cells[start:stop], *cells[first:start], *cells[stop:]]
 
+# %% ../../nbs/app/13_pages.ipynb #3bddd516
+def _module_of(cells: Sequence[Any]) -> str:
+    "The module that a page's code cells export to; empty if there is none."
+    names = [cell.directives_["default_exp"][0] for cell in cells if "default_exp" in cell.directives_]
+    return f"vermouth.{names[0]}" if names else ""
+
+# %% ../../nbs/app/13_pages.ipynb #d1b4c5c3
+def _show_sources(cells: Sequence[Any]) -> None:
+    "Mark the code cells that ask for it as ones whose source nbdev shows."
+    for cell in cells:
+        if "show_source" in cell.directives_ and "exporti" in cell.directives_:
+            cell.directives_["exports"] = cell.directives_.pop("exporti")
+
+# %% ../../nbs/app/13_pages.ipynb #16445dd9
+def _row_names(cells: Sequence[Any]) -> set[str]:
+    "What names the rows of the tables that code cells show."
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    texts = ["".join(data.get(f"text/{kind}", "")) for data in shown for kind in ("html", "markdown")]
+    return {html or markdown for text in texts for html, markdown in _ROW.findall(text)}
+
 # %% ../../nbs/app/13_pages.ipynb #f5f8d7d4
 class SiteProcessor:
     "What nbdev does to each page last."
@@ -279,14 +372,18 @@ class SiteProcessor:
         self.nb = nb
         self.path = Path(getattr(nb, "path_", ""))
         self.results = _is_results(self.path)
+        cells = [cell for cell in getattr(nb, "cells", ()) if cell.cell_type == "code"]
+        self.module = SignatureRenderer.page_module = _module_of(cells)
+        self.rows = _row_names(cells) if self.results else set()
+        _show_sources(cells)
 
     def __call__(self, cell: Any) -> None:
         if cell.cell_type == "raw" and self.results:
             cell.source = re.sub(r"^output-file: .*$", f"output-file: {self.path.stem}.html", cell.source, flags=re.M)
         if cell.cell_type == "raw" and (title := _site_title(self.path)):
             cell.source = re.sub(r"^title: .*$", f"title: {json.dumps(title)}", cell.source, count=1, flags=re.M)
-        if cell.cell_type == "markdown" and self.path.stem != "08_cli":
-            cell.source = _mend_links(cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = self._mended(cell.source)
         if cell.cell_type != "code":
             return
         if summary := _fold_as(cell.source, self.results and "parameters" not in cell.metadata.get("tags", ())):
@@ -298,7 +395,11 @@ class SiteProcessor:
                 del data["text/html"]
                 data["text/markdown"] = table
             if "text/markdown" in data:
-                data["text/markdown"] = _plain_fences("".join(data["text/markdown"]))
+                data["text/markdown"] = self._mended(_plain_fences("".join(data["text/markdown"])))
+
+    def _mended(self, text: str) -> str:
+        "Markdown with mended links; on the page of the program its commands are meant."
+        return text if self.path.stem == "08_cli" else _mend_sections(text, self.module, self.rows)
 
     def end(self) -> None:
         if self.path.parent.name != "nbs":
@@ -365,6 +466,7 @@ def _best_baseline(rows: pd.DataFrame, page: str, metric: str, setting: str) -> 
     return measured[best], best
 
 # %% ../../nbs/app/13_pages.ipynb #22cf6d77
+_FRONT_HEADS = ("what", "published form", "with our additions (ours)", "best baseline", "its name")
 _FRONT = (  # what, page, metric, part of the setting, form of the number; published form, ours, what is beside it
     (
         ("photos of unseen categories by drawing, mAP", "10_sbir", "mAP@all", "", "{:.1%}"),
@@ -380,11 +482,11 @@ _FRONT = (  # what, page, metric, part of the setting, form of the number; publi
     ),
     (
         ("the U-Net's features of an image on a CPU", "30_benchmark", "seconds", "", "{:.2f} s"),
-        ("compiled parts", "", "(a) two full passes, all maps kept"),
+        ("", "compiled parts", "(a) two full passes, all maps kept"),
     ),
     (
         ("the nearest of a million photos", "31_million", "median, ms", "1,000,000", "{:.1f} ms"),
-        ("cells, half precision", "", "all compared"),
+        ("", "cells, half precision", "all compared"),
     ),
 )
 
@@ -395,7 +497,7 @@ def front_table(
 ) -> str:
     "Return the front page's table as Markdown, from the newest run of each results page."
     rows = measured_rows(folder)
-    lines = ["| what | Vermouth | ours beyond it | beside it | which is |", "|:--|--:|--:|--:|:--|"]
+    lines = [f"| {' | '.join(_FRONT_HEADS)} |", "|:--|--:|--:|--:|:--|"]
     for (what, page, metric, setting, form), (published_form, ours, other) in _FRONT:
         numbers = [_newest(rows, page, method, metric, setting) for method in (published_form, ours)]
         beside = _newest(rows, page, other, metric, setting), other

@@ -1,0 +1,37 @@
+"What stands on the processed pages of the site."
+
+import re
+
+import yaml
+
+
+def front_matter(cells):
+    return yaml.safe_load(cells[0].source.strip().strip("-"))
+
+
+def outputs(cells):
+    "Each output of code cells with what it shows as text, by kind."
+    for cell in cells:
+        for output in cell.get("outputs", ()):
+            yield cell, output, {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+
+
+def words_shown(cells):
+    "All words of a page: prose and what code shows, without fences."
+    shown = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    shown += [kinds.get("text/markdown", kinds.get("text/plain", "")) for *_, kinds in outputs(cells)]
+    return re.sub(r"^```.*?^```", "", "\n".join(shown), flags=re.M | re.S)
+
+
+def tables(text):
+    "The tables of a Markdown text as lists of rows."
+    for block in re.findall(r"(?:^\|.*\|[ ]*\n?)+", text, re.M):
+        rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.splitlines()]
+        if len(rows) > 1 and re.fullmatch(r"[ :-]+", rows[1][0]):
+            yield rows
+
+
+def longest_word(cell):
+    "Of a cell as it is shown: without the address of a link or the marks of code."
+    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").replace("*", "")
+    return max(map(len, re.split(r"[\s/\-]+", shown)), default=0)
