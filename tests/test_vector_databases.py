@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vermouth.app.index import build_index
+from vermouth.app.search import query_vector
 from vermouth.data.toybox import Toybox
 
 PAGE = Path(__file__).parent.parent / "nbs" / "scale.ipynb"
@@ -31,7 +32,7 @@ def exported(toybox, tmp_path_factory):
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
         exec(block("Index("), {})
-    return folder, toybox.embed(folder / "photos" / "07.png")[0].numpy()
+    return folder, query_vector(folder / "photos" / "07.png", toybox)[0]
 
 
 @pytest.mark.parametrize("library", ["qdrant_client", "lancedb"])

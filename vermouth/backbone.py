@@ -62,16 +62,6 @@ def _remedy(
     again, longer = "Fetch its weights again", "float16 ends at 65504: load it with dtype='bfloat16' or 'float32'"
     return longer if dtype == torch.float16 else again
 
-# %% ../nbs/library/10_backbone.ipynb #00ceffd9
-def _freeze(
-    models: dict[str, Any],  # by what they are
-    name: str,               # of the backbone, for the message
-) -> None:
-    "Set models to evaluation, without gradients. Raises VermouthError if a weight is NaN or infinite."
-    for part, model in models.items():
-        model.eval().requires_grad_(False)
-        check_finite(model.state_dict().values(), f"backbone={name!r}: the weights of its {part}", _remedy(model.dtype))
-
 # %% ../nbs/library/10_backbone.ipynb #5e9a3442
 class Backbone:
     "A frozen diffusion model whose denoiser is read, not sampled."
@@ -88,7 +78,11 @@ class Backbone:
     ):
         self.family, self.name = family, name
         self.__dict__ |= family.parts  # vae, unet or transformer, text_encoder, tokenizer, scheduler, …
-        _freeze(family.models, name)
+        models: dict[str, Any] = family.models
+        for part, model in models.items():
+            model.eval().requires_grad_(False)
+            what = f"backbone={name!r}: the weights of its {part}"
+            check_finite(model.state_dict().values(), what, _remedy(model.dtype))
         self.factor, self.multiple = family.factor, family.multiple  # pixels per latent; image sides are multiples
         self.tokens, self.alphas = family.tokens, family.schedule.levels  # ᾱ of every time step; σ of flows
 
@@ -107,24 +101,24 @@ class Backbone:
 def device(self: Backbone) -> torch.device:
     return self.moved_to or self.family.denoiser.device
 
-
+# %% ../nbs/library/10_backbone.ipynb #b4cfbe73
 @patch(as_prop=True)
 def dtype(self: Backbone) -> torch.dtype:
     return self.family.denoiser.dtype
 
-
+# %% ../nbs/library/10_backbone.ipynb #936cbab9
 @patch(as_prop=True)
 def word_tokenizer(self: Backbone) -> PreTrainedTokenizerBase:
     "The tokenizer whose tokens are the first channels of attention maps."
     return self.family.parts[self.family.readers()[0][0]]
 
-
+# %% ../nbs/library/10_backbone.ipynb #ba3d2524
 @patch(as_prop=True)
 def word_tokens(self: Backbone) -> int:
     "How many channels of attention maps `word_tokenizer` makes."
     return self.family.readers()[0][1]
 
-
+# %% ../nbs/library/10_backbone.ipynb #77c4a85d
 @patch(as_prop=True)
 def finest_map(self: Backbone) -> int:
     'The finest level of the pyramid that `attention="up_cross"` gives maps.'
@@ -192,7 +186,7 @@ LARGE = 2048 * 2048  # pixels of an image that is encoded in tiles
 
 @contextmanager
 def tiles(
-    vae: Any,  # diffusers' AutoencoderKL
+    vae: AutoencoderKL,
 ) -> Iterator[None]:
     "Let a VAE encode in overlapping tiles, of 512 pixels a side or of its training's, if that was larger."
     side, scales = max(vae.config.sample_size or 0, 512), len(vae.config.block_out_channels) - 1
@@ -205,13 +199,13 @@ def tiles(
         finally:
             vars(vae).update(before)
 
-
+# %% ../nbs/library/10_backbone.ipynb #31af1010
 @patch
 def _encode(
     self: Backbone,
     images: Tensor,  # (B,3,H,W) in [-1,1]
 ) -> Tensor:         # (B,C,h,w)
-    "The posterior's mean, shifted and scaled as the denoiser wants it."
+    "Return latents in the denoiser's scale: the posterior's mean, shifted and scaled."
     images = images.to(self.device, self.dtype)
     with frozen(self.device):
         if images.shape[-2] * images.shape[-1] <= LARGE:

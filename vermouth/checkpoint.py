@@ -109,7 +109,7 @@ def _folder_kind(
     denoiser = {} if "transformer" in here else {"unet": ""}
     return find_kind(f"name={name!r}", {"vae": "", "text_encoder": ""} | denoiser | here, "folder")
 
-
+# %% ../nbs/library/07_checkpoint.ipynb #22a1b8ae
 def present_parts(
     kind: Kind,
     folder: Path,
@@ -340,12 +340,6 @@ _LORA_PREFIXES = {
 }
 
 
-def _layer_of(name: str) -> tuple[str, str]:  # the part; the layer without dots
-    "Which layer a matrix of a LoRA belongs to, in any of the trainers' spellings."
-    flat = name.replace(".", "_").replace("_processor_", "_")
-    prefix = next((p for p in _LORA_PREFIXES if flat.startswith(p)), "")
-    return _LORA_PREFIXES.get(prefix, "unet"), flat.removeprefix(prefix).removeprefix("text_model_")
-
 # %% ../nbs/library/07_checkpoint.ipynb #7337af3c
 def _lora_alpha(
     what: str,                 # begins the message
@@ -403,7 +397,10 @@ def _read_lora(
                 f"{what}: {name!r} is not of a LoRA; LoHa, LoKr and DoRA are not read. Merge it and pass it as unet=."
             )
         layer = pair[1] if pair else re.sub(r"(\.lora)?\.alpha$", "", name)
-        halves[_layer_of(layer)][{"A": "down", "B": "up"}.get(pair[2], pair[2]) if pair else "alpha"] = x
+        layer = layer.replace(".", "_").replace("_processor_", "_")  # in any of the trainers' spellings
+        prefix = next((p for p in _LORA_PREFIXES if layer.startswith(p)), "")
+        key = _LORA_PREFIXES.get(prefix, "unet"), layer.removeprefix(prefix).removeprefix("text_model_")
+        halves[key][{"A": "down", "B": "up"}.get(pair[2], pair[2]) if pair else "alpha"] = x
     pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {part: {} for part in _PARTS}
     for (part, layer), half in halves.items():
         if not {"down", "up"} <= set(half) or half["down"].ndim < 2:
@@ -675,12 +672,6 @@ def fold_guidance(
         first.bias = nn.Parameter((first.bias.float() + shift).to(first.bias.dtype))
     embedding.cond_proj = None  # the scale is decided
 
-# %% ../nbs/library/07_checkpoint.ipynb #7c42e041
-def _plain_sample_size(config: dict[str, Any]) -> dict[str, Any]:
-    "A U-Net's configuration whose sample_size is one number: the smaller side, and 64 latents where it says nothing."
-    sides = config.get("sample_size") or 64
-    return config | {"sample_size": min(sides) if isinstance(sides, (list, tuple)) else sides}
-
 # %% ../nbs/library/07_checkpoint.ipynb #89e1dc0d
 _SCHEDULE = {
     "DDIMScheduler": (
@@ -764,7 +755,9 @@ def _load_unet(
     else:
         weights, place = find_unet(name, folder / "unet", variant)
         what, paths = f"unet={str(name)!r}:", [weights] if weights.is_file() else weight_files(weights, variant)
-    config = _plain_sample_size(read_json(place / "config.json", f"{what}{gap}config.json"))
+    config = read_json(place / "config.json", f"{what}{gap}config.json")
+    sides = config.get("sample_size") or 64  # latents; of several sides the smaller one
+    config = config | {"sample_size": min(sides) if isinstance(sides, (list, tuple)) else sides}
     model: Any = read_part(what, paths, "unet", config, dtype, lora, kind)
     fold_guidance(model)
     return model

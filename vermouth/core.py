@@ -232,7 +232,7 @@ _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _renew_guard() -> None:
-    "Locks of a process that was forked while another thread held them would never be free again."
+    "Make new locks in a forked process: those that another thread held would never be released."
     global _guard
     _guard = threading.Lock()
     _locks.clear()
@@ -283,10 +283,6 @@ _BACKENDS: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.mat
 _BACKENDS += (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
-def _get_precisions() -> list[str]:
-    return [backend.fp32_precision for backend in _BACKENDS]
-
-
 def _set_precisions(precisions: Sequence[str]) -> None:
     for backend, precision in zip(_BACKENDS, precisions, strict=True):
         backend.fp32_precision = precision
@@ -297,8 +293,12 @@ def frozen(
     device: torch.device,  # the model's device
 ) -> Iterator[None]:
     "Run the model without gradients, autocast or TF32."
-    full = ["ieee"] * len(_BACKENDS)
-    precision = shared_change("precision", _get_precisions, lambda: _set_precisions(full), _set_precisions)
+    precision = shared_change(
+        "precision",
+        lambda: [backend.fp32_precision for backend in _BACKENDS],
+        lambda: _set_precisions(["ieee"] * len(_BACKENDS)),
+        _set_precisions,
+    )
     with precision, torch.inference_mode(), torch.autocast(device.type, enabled=False):
         yield
 

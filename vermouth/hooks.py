@@ -162,14 +162,14 @@ def _block_names(
     "Return the names of the blocks that one level is made of."
     return re.findall(r"(?:mid|[a-z]+\d+)(?:\.\w+)*", row)
 
-
+# %% ../nbs/library/03_hooks.ipynb #94886bf2
 def _terms(
     row: str,          # an entry of a `StageTable`, as "down1 ⊕ mean(down2, mid)"
 ) -> list[list[str]]:  # as [["down1"], ["down2", "mid"]]: what is averaged, and then joined
     "Return the blocks of one level."
     return [_block_names(term) for term in row.split(" ⊕ ")]
 
-
+# %% ../nbs/library/03_hooks.ipynb #14461ed8
 def table_dims(
     channels: Mapping[str, int],  # of each block
     table: StageTable,            # of the denoiser
@@ -240,7 +240,7 @@ def _first(
     "The output of a module; down blocks also return their skips."
     return output[0] if isinstance(output, tuple) else output
 
-
+# %% ../nbs/library/03_hooks.ipynb #a2615e7c
 class Place(NamedTuple):
     "Where in a denoiser a tap sits."
 
@@ -438,20 +438,15 @@ def _undo_others() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_undo_others)
 
-# %% ../nbs/library/03_hooks.ipynb #e7f279df
-def self_map(
-    place: Place,  # a self-attention layer
-) -> Place:
-    "Return the place of the layer's map, which is too large to be listed among those of every U-Net."
-    return place._replace(kind="map", channels=-1)
-
 # %% ../nbs/library/03_hooks.ipynb #35f42292
 def find_in(
     places: Mapping[str, Place],
     names: Iterable[str],  # of places
 ) -> dict[str, Place]:     # each once
     "Return places by name. Raises VermouthError for a name that is not among them."
-    maps = {f"{name}.map": self_map(place) for name, place in places.items() if place.kind == "attention.self"}
+    # maps of self-attention are too large to be listed among the places of every U-Net
+    layers = {name: place for name, place in places.items() if place.kind == "attention.self"}
+    maps = {f"{name}.map": place._replace(kind="map", channels=-1) for name, place in layers.items()}
     known, found = maps | dict(places), {}
     for name in names:
         if name not in known:
@@ -528,7 +523,7 @@ def place_grid(
     "Return the sides of a place's map."
     return [side >> place.scale for side in grid]
 
-
+# %% ../nbs/library/03_hooks.ipynb #139731bc
 def place_map(
     value: Tensor,        # (B,C,h,w), or (B, h·w, C) inside a transformer block
     place: Place,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from numbers import Integral
 from pathlib import Path, PurePath
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .core import VermouthError, choose, read_file, write_atomic
+
+# %% ../nbs/library/01_images.ipynb #72a5c916
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/library/01_images.ipynb #cc39ce8d
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -183,7 +187,7 @@ def _checked_header(data: bytes) -> Image.Image:
 
 # %% ../nbs/library/01_images.ipynb #647c6aa0
 class Room:
-    "Pixels that threads share. A thread takes some, works, and gives them back; it must not ask twice."
+    "A number of pixels that threads share. One that holds some must not take more: two could wait for each other."
 
     def __init__(self, pixels: int):
         self.free, self.changed = pixels, threading.Condition()
@@ -224,12 +228,6 @@ def file_bytes(path: str | os.PathLike) -> Iterator[bytes]:
 # %% ../nbs/library/01_images.ipynb #3ebd9cdf
 LARGE_IMAGE = 2**25  # pixels
 
-
-def return_memory() -> None:
-    "Give freed memory back to the system, where the C library is glibc."
-    with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no such function
-        ctypes.CDLL(None).malloc_trim(0)
-
 # %% ../nbs/library/01_images.ipynb #2110fc33
 @contextmanager
 def open_image(
@@ -242,8 +240,9 @@ def open_image(
         return
     im = _checked_header(source)
     with _rooms["pixels"].take(im.width * im.height), im:
-        if im.width * im.height > LARGE_IMAGE:
-            return_memory()
+        if im.width * im.height > LARGE_IMAGE:  # freed memory goes back to the system
+            with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no such function
+                ctypes.CDLL(None).malloc_trim(0)
         yield im
 
 # %% ../nbs/library/01_images.ipynb #ac248f47
@@ -472,7 +471,7 @@ def _to_floats(
 ) -> Tensor:          # (3,H,W) float32 in [-1,1]
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
-
+# %% ../nbs/library/01_images.ipynb #8a803887
 def _resize_strips(
     im: Image.Image,                          # RGB
     size: int | tuple[int, int],              # as for `resize`
@@ -613,7 +612,7 @@ def small_copy(im: Image.Image) -> Image.Image:
 
 # %% ../nbs/library/01_images.ipynb #488949da
 def figure_image(
-    figure: Any,                     # a matplotlib Figure; closed afterwards
+    figure: "Figure",                # closed afterwards
     path: str | Path | None = None,  # where to save it as PNG; None saves nothing
     dpi: int = 80,                   # pixels per inch
     colours: int = 256,              # size of the palette

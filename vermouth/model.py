@@ -122,7 +122,6 @@ def _check_parts(
 # %% ../nbs/library/11_model.ipynb #ed9361e8
 class Vermouth(nn.Module, HubModel):
     "Backbone, captioner, expert, CLIP and a U-head as one model."
-
     backbone: Backbone
     clip: Clip
     captioner: Captioner | None

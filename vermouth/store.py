@@ -37,6 +37,10 @@ from vermouth.data.extraction import (
 from .images import ValueRange
 from .text import Captioner
 
+# %% ../nbs/library/12_store.ipynb #cdcf8c08
+if TYPE_CHECKING:
+    from vermouth.expert import Expert
+
 # %% ../nbs/library/12_store.ipynb #0a89d543
 class FeatureStore:
     "Stored features of a list of items, by number."
@@ -252,7 +256,7 @@ def extract(
     out: str | Path,     # folder of the store; an unfinished one is taken up again
     prompts: str | Sequence[str] | None = None,  # one per item, or one for all; None: from the captioner, or empty
     captioner: Captioner | None = None,  # writes the prompts
-    expert: Any = None,  # from `vermouth.expert.load_expert`; its maps follow the backbone's
+    expert: "Expert | None" = None,  # from `vermouth.expert.load_expert`; its maps follow the backbone's
     size: int | tuple[int, int] | None = None,  # resize every image to this side, or to (height, width)
     batch_size: int = 32,  # images in one pass
     shard_size: int | None = None,  # items of a file, what a crash can cost; None: half a minute's work, at most 64

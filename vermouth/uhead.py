@@ -109,7 +109,7 @@ class Level(nn.Module):
         self,
         x: Tensor,  # (B,channels,h,w)
     ) -> Tensor:    # (B,width,h,w)
-        "Raises VermouthError where group normalisation would see one value per group, which it sets to zero."
+        "Return the level's map. Raises VermouthError where group normalisation would see one value per group."
         width, normalised = self.enter[0].out_channels, len(self.enter) > 1
         if normalised and width == GROUPS and x.shape[2:].numel() == 1:
             raise VermouthError(

@@ -37,10 +37,11 @@ def some_images(
 def _as_good_as_chance(metrics: Mapping[str, Any]) -> str:  # empty if it is better, or not known
     "What a training reached, where chance might have."
     for name, least in (("accuracy", 0.0), ("mAP@all", 1.2)):
-        value, chance, images = (metrics.get(key) for key in (name, "chance", "test images"))
-        if not all(isinstance(v, (int, float)) and 0 < v < float("inf") for v in (value, chance, images or 1)):
+        found = [metrics.get(key) for key in (name, "chance", "test images")]
+        value, chance, images = (float(v) if isinstance(v, (int, float)) and v > 0 else 0.0 for v in found)
+        if not (0 < value < 1 and 0 < chance < 1):
             continue
-        doubt = 2 * (max(0.0, chance * (1 - chance)) / images) ** 0.5 if images else 0.0  # two standard deviations
+        doubt = 2 * (chance * (1 - chance) / images) ** 0.5 if images else 0.0  # two standard deviations
         if value <= max(least * chance, chance + doubt):
             return f"{name} {value:.1%} on held-out images, where chance gives {chance:.1%}"
     return ""

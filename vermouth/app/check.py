@@ -65,11 +65,11 @@ def _line(command: str, path: str | Path) -> str:
     "A command with a path in it, quoted for the shell."
     return command.format(shlex.quote(str(path)))
 
-
+# %% ../../nbs/app/10_check.ipynb #32892e04
 def _count(n: int, what: str, end: str = "s") -> str:
     return f"{n:,} {what}{end if n != 1 else ''}"
 
-
+# %% ../../nbs/app/10_check.ipynb #d47fbad2
 def _warn_of_skipped(skipped: Sequence[tuple[str, str]]) -> None:  # path, reason
     if skipped:
         warnings.warn(f"{_count(len(skipped), 'file')} set aside, first {': '.join(skipped[0])}", stacklevel=3)

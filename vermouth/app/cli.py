@@ -18,10 +18,14 @@ from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+# %% ../../nbs/app/08_cli.ipynb #b91de537
+if TYPE_CHECKING:
+    from vermouth.store import FeatureStore
 
 # %% ../../nbs/app/08_cli.ipynb #a601ae26
 def _prepare_streams() -> None:
@@ -32,12 +36,6 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-# %% ../../nbs/app/08_cli.ipynb #9e7fce3b
-def _drop_output() -> None:
-    "Send standard output nowhere: Python would try again at its end, and complain."
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../../nbs/app/08_cli.ipynb #2f611dc8
 _RESUMED = ("extract", "index", "run", "train")  # commands that keep what is finished
@@ -81,8 +79,9 @@ class _Command(TyperCommand):
             code, sentence = _ending(error, self.name or "")
             if not code:
                 raise
-            if isinstance(error, OSError):
-                _drop_output()
+            if isinstance(error, OSError):  # or Python would try to write again at its end, and complain
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if sentence:
                 typer.echo(sentence, err=True)
             raise typer.Exit(code) from None
@@ -379,11 +378,11 @@ def _feature_settings(pairs: list[str] | None, engine: str) -> dict[str, Any]:
 
 # %% ../../nbs/app/08_cli.ipynb #e8327a1f
 def _report_store(
-    made: Any,   # the store; None while other shards are missing
-    count: int,  # of images that were named
+    made: "FeatureStore | None",  # None while other shards are missing
+    count: int,   # of images that were named
     out: Path,
     as_json: bool,
-    alone: bool, # False for one job of an array, each of which reports
+    alone: bool,  # False for one job of an array, each of which reports
 ) -> None:
     "Print what extract has written, and how to read it."
     if made is None:

@@ -18,12 +18,16 @@ from contextlib import closing, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from ..core import VermouthError, file_digest
+
+# %% ../../nbs/app/03_database.ipynb #b1c5d734
+if TYPE_CHECKING:
+    import faiss
 
 # %% ../../nbs/app/03_database.ipynb #dbf2ff0d
 # vectors up to which all are compared; of the 10 and of the 100 nearest, found on average
@@ -43,10 +47,10 @@ def load_faiss() -> ModuleType:
     return faiss
 
 # %% ../../nbs/app/03_database.ipynb #3fdc0cd5
-def find_nearest(neighbours: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def find_nearest(neighbours: "faiss.Index", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "Return the largest inner products with queries (Q,D): scores (Q,k) and ids (Q,k)."
     faiss, cells = load_faiss(), getattr(neighbours, "nlist", 0)
-    probes, threads = cells and neighbours.nprobe, faiss.omp_get_max_threads()
+    probes, threads = getattr(neighbours, "nprobe", 0), faiss.omp_get_max_threads()
     try:
         faiss.omp_set_num_threads(1 if len(queries) == 1 else threads)  # one query is slower with more
         while True:
@@ -109,7 +113,7 @@ OURS = re.compile(
 # %% ../../nbs/app/03_database.ipynb #39481115
 @contextmanager
 def connect(out: Path, write: bool = False, wait: bool = False) -> Iterator[sqlite3.Connection]:
-    "Open an index. Raises VermouthError if it is none, damaged, of another version, busy unless told to wait."
+    "Give an open index. Raises VermouthError if it is none, damaged, of another version or, without `wait`, busy."
     old = not (out / FILE).exists() and (out / "index.json").exists()
     if old or not write and not (out / FILE).exists():
         what = "made by 0.1: index again" if old else f"no {FILE} to read in it"

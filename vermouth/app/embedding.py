@@ -9,17 +9,30 @@ __all__ = []
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from .files import Entry, Photo, decode_photo, read_batches, read_photo, thumbnail
 from ..core import VermouthError
-from ..images import small_copy
+from ..images import Images, small_copy
+
+# %% ../../nbs/app/15_embedding.ipynb #e0459ea3
+class SearchModel(Protocol):
+    "What an index needs of a model."
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...  # of all that decides a vector
+
+    def embed(self, images: Images, /) -> Tensor: ...  # (B,D) float32 of length 1
 
 # %% ../../nbs/app/15_embedding.ipynb #5225df5f
-def identity(model: Any) -> dict[str, str]:
+def identity(model: SearchModel) -> dict[str, str]:
     "Return a model's name and fingerprint. Raises VermouthError if it has none."
     found: dict[str, Any] = {key: getattr(model, key, None) for key in ("name", "fingerprint")}
     for key, value in found.items():
@@ -29,7 +42,7 @@ def identity(model: Any) -> dict[str, str]:
     return found
 
 # %% ../../nbs/app/15_embedding.ipynb #648ae0b5
-def same_model(out: str | Path, settings: dict[str, Any], model: Any) -> None:
+def same_model(out: str | Path, settings: dict[str, Any], model: SearchModel) -> None:
     "Raises VermouthError if the model is not the one that made the index; its name may differ."
     made, passed = settings["fingerprint"], identity(model)
     if passed["fingerprint"] != made:
@@ -42,7 +55,7 @@ def same_model(out: str | Path, settings: dict[str, Any], model: Any) -> None:
         )
 
 # %% ../../nbs/app/15_embedding.ipynb #e877087b
-def embed_each(model: Any, images: Sequence[Image.Image]) -> list[np.ndarray | str]:
+def embed_each(model: SearchModel, images: Sequence[Image.Image]) -> list[np.ndarray | str]:
     "Return a vector (D,) of length 1 per image, or why there is none. Raises what the model raises for all of them."
     try:
         found = model.embed(list(images)).float().cpu().numpy() if images else np.empty((0, 1))
@@ -55,17 +68,17 @@ def embed_each(model: Any, images: Sequence[Image.Image]) -> list[np.ndarray | s
     except Exception as error:
         if len(images) == 1:
             return [str(error) if isinstance(error, VermouthError) else f"{type(error).__name__}: {error}"]
-        found = [embed_each(model, [image])[0] for image in images]
-        if not isinstance(error, VermouthError) and all(isinstance(vector, str) for vector in found):
+        single = [embed_each(model, [image])[0] for image in images]
+        if not isinstance(error, VermouthError) and all(isinstance(vector, str) for vector in single):
             raise
-        return found
+        return single
 
 # %% ../../nbs/app/15_embedding.ipynb #79abdedd
 # sha256, width, height, reason, vector and thumbnail; the sha256 alone where the same bytes were found before
 Found = tuple[Photo, list[Any]]
 
 # %% ../../nbs/app/15_embedding.ipynb #cb45b524
-def embed_batch(model: Any, batch: Sequence[Entry]) -> list[Found]:
+def embed_batch(model: SearchModel, batch: Sequence[Entry]) -> list[Found]:
     "Return what is kept of each photo of a batch."
     images = {digest: image for _, digest, image in batch if isinstance(image, Image.Image)}
     vectors = dict(zip(images, embed_each(model, [*images.values()]), strict=True))
@@ -84,7 +97,7 @@ def embed_batch(model: Any, batch: Sequence[Entry]) -> list[Found]:
 
 # %% ../../nbs/app/15_embedding.ipynb #18160d51
 def embed_photos(
-    model: Any,               # with `embed`
+    model: SearchModel,
     folder: str | Path,       # of the photos
     photos: Sequence[Photo],
     batch_size: int,          # photos at a time, at most
@@ -96,7 +109,7 @@ def embed_photos(
         yield embed_batch(model, batch)
 
 # %% ../../nbs/app/15_embedding.ipynb #381afc7b
-def find_misfit(model: Any, folder: str | Path, paths: Sequence[str]) -> str:
+def find_misfit(model: SearchModel, folder: str | Path, paths: Sequence[str]) -> str:
     "Why some of the photos are not what the model was made for; nothing where that is not known."
     if not hasattr(model, "misfit"):
         return ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,12 @@ from ..data.items import Item
 from ..images import read_bytes
 from ..metrics import accuracy
 from ..zoo.embedders import Embedder, PyramidEmbedder, Student, fit_linear
+
+# %% ../../nbs/app/17_heads.ipynb #60a906f0
+if TYPE_CHECKING:
+    from vermouth.model import Vermouth
+    from vermouth.store import FeatureStore
+    from vermouth.text import Clip
 
 # %% ../../nbs/app/17_heads.ipynb #a2a16e6b
 @dataclass
@@ -148,15 +154,17 @@ def class_mean_accuracy(train: Vectors, test: Vectors) -> float:
     return accuracy(nearest_class_mean(train.values, train.labels.tolist(), test.values), test.labels.tolist())
 
 # %% ../../nbs/app/17_heads.ipynb #745d3188
-def build_uhead(embedder: PyramidEmbedder, clip: Any, seed: int) -> Any:
+def build_uhead(embedder: PyramidEmbedder, clip: "Clip", seed: int) -> "Vermouth":
     "An untrained model on an embedder's parts."
     from vermouth.model import Vermouth
 
-    parts = {"backbone": embedder.backbone, "clip": clip, "expert": embedder.expert, "captioner": None}
+    parts: dict[str, Any] = {"backbone": embedder.backbone, "clip": clip, "expert": embedder.expert, "captioner": None}
     return Vermouth.build(prompt="empty", settings=embedder.settings, size=embedder.size, seed=seed, **parts)
 
 # %% ../../nbs/app/17_heads.ipynb #73afa4b5
-def pool_store(store: Any, rows: Sequence[int]) -> Tensor:  # (N,D) unit vectors, as from `PyramidEmbedder.embed`
+def pool_store(
+    store: "FeatureStore", rows: Sequence[int]
+) -> Tensor:  # (N,D) unit vectors, as from `PyramidEmbedder.embed`
     import torch.nn.functional as F
 
     pieces = []
@@ -167,7 +175,7 @@ def pool_store(store: Any, rows: Sequence[int]) -> Tensor:  # (N,D) unit vectors
 
 # %% ../../nbs/app/17_heads.ipynb #a8f82bf3
 def train_uhead(
-    model: Any, store: Any, rows: Sequence[int], labels: Tensor, names: Sequence[str], quiet: bool
+    model: "Vermouth", store: "FeatureStore", rows: Sequence[int], labels: Tensor, names: Sequence[str], quiet: bool
 ) -> None:
     "Train a U-head on stored maps, in place, as few-shot learning does: clipped gradients, last epoch kept."
     from vermouth.tasks.fewshot import affordable_epochs
@@ -181,7 +189,9 @@ def train_uhead(
 
 # %% ../../nbs/app/17_heads.ipynb #1ea1cfdf
 @torch.inference_mode()
-def score_uhead(model: Any, store: Any, rows: Sequence[int], names: Sequence[str]) -> Tensor:  # (N,K) logits
+def score_uhead(
+    model: "Vermouth", store: "FeatureStore", rows: Sequence[int], names: Sequence[str]
+) -> Tensor:  # (N,K) logits
     from vermouth.text import class_embeddings
     from vermouth.uhead import class_logits
 
@@ -193,11 +203,11 @@ def score_uhead(model: Any, store: Any, rows: Sequence[int], names: Sequence[str
 
 # %% ../../nbs/app/17_heads.ipynb #5e646e5d
 def feature_model(
-    model: Any,             # from `open_model`
-    expert: str = "",       # its maps beside a denoiser's; empty for none
-    device: Any = None,
+    model: Any,               # from `open_model`
+    expert: str = "",         # its maps beside a denoiser's; empty for none
+    device: str | torch.device | None = None,
     size: int | None = None,  # side in pixels that a denoiser's images are resized to; None: the model's
-) -> tuple[Embedder, Any]:  # embedder; CLIP for a U-head, or None
+) -> tuple[Embedder, "Clip | None"]:  # embedder; CLIP for a U-head, or None
     "Return the frozen half of a model. Raises VermouthError for an expert or a size without a denoiser."
     from vermouth.expert import load_expert
 
@@ -214,7 +224,9 @@ def feature_model(
     return PyramidEmbedder(model.backbone, None, extra, model.settings, size or model.size), model.clip
 
 # %% ../../nbs/app/17_heads.ipynb #35851322
-def names_problem(embedder: PyramidEmbedder, clip: Any, names: Sequence[str]) -> str:  # empty for names that do
+def names_problem(
+    embedder: PyramidEmbedder, clip: "Clip | None", names: Sequence[str]
+) -> str:  # empty for names that do
     "Why names cannot be compared by their words."
     from vermouth.app.answers import check_names
 
@@ -225,7 +237,9 @@ def names_problem(embedder: PyramidEmbedder, clip: Any, names: Sequence[str]) ->
     return ""
 
 # %% ../../nbs/app/17_heads.ipynb #27893125
-def uhead_problem(clip: Any, names: Sequence[str], embedder: Embedder) -> str:  # empty if a U-head can be trained
+def uhead_problem(
+    clip: "Clip | None", names: Sequence[str], embedder: Embedder
+) -> str:  # empty if a U-head can be trained
     "Why no U-head can be trained."
     if not isinstance(embedder, PyramidEmbedder):
         return f"a U-head needs a denoiser and its CLIP, and {embedder.name} has none"
@@ -247,7 +261,7 @@ class Gathered:
 
     vectors: list[Vectors]       # of each list
     rows: list[list[int]] = field(default_factory=list)  # of each list, in the store
-    store: Any = None            # of maps; None without a denoiser
+    store: "FeatureStore | None" = None  # of maps; None without a denoiser
 
     @property
     def skipped(self) -> list[str]:
@@ -267,7 +281,7 @@ def gather_vectors(
 
 # %% ../../nbs/app/17_heads.ipynb #5de75067
 def gather_maps(
-    model: Any,                     # a Vermouth, trained or not
+    model: "Vermouth",              # trained or not
     lists: Sequence[Sequence[Any]],  # items
     folder: Path,                   # of the store
     quiet: bool = False,            # no progress bar
@@ -292,7 +306,7 @@ def gather_maps(
 class StoredRows:
     "Some images of a store, as features of their own."
 
-    def __init__(self, store: Any, rows: Sequence[int]):
+    def __init__(self, store: "FeatureStore", rows: Sequence[int]):
         self.store, self.rows, self.shapes = store, rows, list(store.shapes)
 
     def __len__(self) -> int:

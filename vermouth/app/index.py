@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 
 from . import database, update
 from .database import read_rows, read_settings
-from .embedding import Found, embed_photos
+from .embedding import Found, SearchModel, embed_photos
 from .files import Photo, photos_below
 from ..core import VermouthError, job_share, local_folder
 from ..zoo.embedders import student_of
@@ -79,8 +80,8 @@ def misfit(self: Index) -> str:
 @patch
 def own_model(
     self: Index,
-    device: Any = None,     # None takes the best there is
-    dtype: Any = "float32", # of a frozen backbone
+    device: str | torch.device | None = None,  # None takes the best there is
+    dtype: str | torch.dtype = "float32",      # of a frozen backbone
 ) -> Any:
     "Open the model that made the index. Raises VermouthError if its weights are not on this machine."
     from vermouth.zoo.embedders import offline, open_embedder
@@ -176,7 +177,7 @@ def _report(index: Index) -> str:
 def build_index(
     folder: str | Path,           # of the photos, with sub-folders; links out of it are not followed
     out: str | Path,              # folder of the index, new or to be brought up to date
-    model: Any,                   # a Vermouth, or anything with `embed`, a `name` and a `fingerprint`
+    model: SearchModel,           # a Vermouth, or anything with `embed`, a `name` and a `fingerprint`
     batch_size: int = 32,         # photos at a time: what a crash can cost
     exact: int = database.EXACT,  # photos up to which a search compares all; cells above
     quiet: bool = False,          # no progress bar, nothing printed

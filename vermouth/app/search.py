@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .database import connect, read_photos
-from .embedding import same_model
+from .embedding import SearchModel, same_model
 from .files import decode_photo, inside, read_photo, thumbnail
 from .index import Index, build_index  # noqa: F401 (one place to import from)
 from ..core import VermouthError, open_file, printable, write_atomic
@@ -50,9 +50,9 @@ def as_caption(
 
 # %% ../../nbs/app/02_search.ipynb #3bd5d37e
 def query_vector(
-    query: Any,   # words; or one image: a path, a PIL image, an array, a tensor
-    model: Any,   # from `open_model`, or anything with `embed` and, for words, `embed_text`
-) -> np.ndarray:  # (1,D) float32 of length 1
+    query: Any,          # words; or one image: a path, a PIL image, an array, a tensor
+    model: SearchModel,  # from `open_model`, or anything with `embed` and, for words, `embed_text`
+) -> np.ndarray:         # (1,D) float32 of length 1
     "Return where a query lies in the space of the photos. Raises VermouthError if it is empty or several images."
     model = for_search(model)
     if not is_words(query):
@@ -86,7 +86,7 @@ def sum_vectors(
 # %% ../../nbs/app/02_search.ipynb #017a309d
 def composed_vector(
     query: Any,               # as for `query_vector`
-    model: Any,
+    model: SearchModel,
     add: Sequence = (),       # queries to add
     subtract: Sequence = (),  # queries to take away
     weight: float = 1.0,      # of each of these
@@ -125,7 +125,7 @@ class Hit:
 def search(
     self: Index,
     query: Any,               # words; or one image: a path, a PIL image, an array, a tensor
-    model: Any,               # the one that made the index
+    model: SearchModel,       # the one that made the index
     k: int = 10,              # how many to find; all if there are fewer
     add: Sequence = (),       # more queries, whose meaning is added: words or images
     subtract: Sequence = (),  # others, whose meaning is taken away
@@ -151,15 +151,6 @@ def nearest(
 @cache
 def _template(name: str) -> Template:
     return Template((files("vermouth.app") / "static" / name).read_text(encoding="utf-8"))
-
-# %% ../../nbs/app/02_search.ipynb #0ab4ab4a
-def _unicode(text: str) -> str:  # bytes of another encoding become \xNN, so that two names stay two
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _first_bytes(path: Path) -> bytes:
-    with open_file(path) as f:
-        return f.read(4)
 
 # %% ../../nbs/app/02_search.ipynb #4bbf948c
 def escaped(text: str) -> str:
@@ -193,12 +184,6 @@ def _photo_link(hit: Hit, page: str | Path, folder: str | Path | None) -> str:  
     path = os.path.relpath(os.path.join(os.path.abspath(where), hit.path), os.path.dirname(os.path.abspath(page)))
     return quote(os.fsencode(path.replace(os.sep, "/")))
 
-# %% ../../nbs/app/02_search.ipynb #f5f51242
-def _picture(query: Any) -> Image.Image:  # RGB
-    "An image as Pillow has it, however it was given."
-    pixels = ((image_tensor(query) + 1) * 127.5).byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.cpu().numpy())
-
 # %% ../../nbs/app/02_search.ipynb #1efb5c01
 def hits_page(
     hits: Sequence[Hit],   # from `Index.search`
@@ -212,7 +197,10 @@ def hits_page(
     if query is not None and is_words(query):
         title = f"{title} for “{query}”"
     elif query is not None:
-        image = query if isinstance(query, Image.Image) else _picture(query)
+        image = query
+        if not isinstance(query, Image.Image):
+            pixels = ((image_tensor(query) + 1) * 127.5).byte().permute(1, 2, 0)
+            image = Image.fromarray(pixels.cpu().numpy())
         shown = f'<img alt="" src="{data_uri(thumbnail(image, 96))}">'
     links = [_photo_link(hit, out_html, folder) for hit in hits]
     cards = "\n".join(card(hit, rank, link) for rank, (hit, link) in enumerate(zip(hits, links, strict=True), 1))
@@ -240,10 +228,17 @@ def export(
     try:
         if self.out.resolve() in path.resolve().parents:
             raise VermouthError(f"path={str(path)!r}: inside of the index. Give a file elsewhere.")
-        if path.is_file() and _first_bytes(path) not in (b"", b"PAR1"):
-            raise VermouthError(f"path={str(path)!r}: there is a file, and it is no Parquet file. Give another name.")
+        if path.is_file():
+            with open_file(path) as f:
+                start = f.read(4)
+            if start not in (b"", b"PAR1"):
+                what = "there is a file, and it is no Parquet file"
+                raise VermouthError(f"path={str(path)!r}: {what}. Give another name.")
         with connect(self.out) as db:
-            table = [[_unicode(row[0]), *row[1:]] for row in read_photos(db)]
+            table = [  # bytes of another encoding become \xNN, so that two names stay two
+                [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), *row]
+                for name, *row in read_photos(db)
+            ]
         pd.DataFrame(table, columns=names).to_parquet(buffer)
         write_atomic(path, buffer.getvalue())
     except OSError as e:

@@ -20,7 +20,7 @@ from filelock import Timeout
 from . import database
 from .database import read_rows, read_settings, seal, transaction
 from .embedding import Found, embed_photos, find_misfit, identity, same_model
-from .files import Photo
+from .files import Photo, decode_photo
 from ..core import VermouthError
 
 # %% ../../nbs/app/16_update.ipynb #380a7e31
@@ -74,16 +74,20 @@ def keep(db: sqlite3.Connection, found: Sequence[Found], rows: dict, known: set)
 
 # %% ../../nbs/app/16_update.ipynb #0f0a90ae
 ALIKE = 0.99  # mean cosine of two photos, above which a model tells hardly anything apart
+DIFFER = 10.0  # standard deviation of grey values among photos that are not the same one over and over
 
 
-def _alike(vectors: np.ndarray) -> str:  # (N,D) of length 1
-    "Why hits mean nothing, where all vectors are nearly the same; nothing for other ones, or for a few photos."
-    n = len(np.unique(vectors.round(6), axis=0))
-    if n < 8:
+def _alike(db: sqlite3.Connection, ids: np.ndarray) -> str:
+    "Why hits mean nothing, where photos that differ get nearly the same vector; nothing elsewhere, or for a few."
+    some = ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)]
+    vectors, n = database.read_vectors(db, some), len(some)
+    mean = float(((vectors.sum(0) ** 2).sum() - n) / (n * (n - 1))) if n >= 8 else 0.0
+    if mean <= ALIKE:
         return ""
-    mean = float(((vectors.sum(0) ** 2).sum() - len(vectors)) / (len(vectors) * (len(vectors) - 1)))
+    rows = [row for i in some.tolist() for row in read_rows(db, "id = ?", i)]
+    grey = np.stack([np.asarray(decode_photo(row[6]).convert("L").resize((8, 8)), float) for row in rows])
     what = f"any two of the photos are alike to it (mean cosine {mean:.4f}), as to a network without trained weights"
-    return f"model: {what}; hits are at random. Use another --model." if mean > ALIKE else ""
+    return f"model: {what}; hits are at random. Use another --model." if grey.std(0).mean() > DIFFER else ""
 
 # %% ../../nbs/app/16_update.ipynb #b977c181
 def publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: int, head: dict[str, Any]) -> None:
@@ -102,7 +106,7 @@ def publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: 
         some = database.read_vectors(db, ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)])
         nearest = float(np.median(database.find_nearest(index, some, min(len(ids), 2))[0][:, -1]))
         head |= {"recall": recall, "trained": trained, "nearest": nearest, "count": len(ids), "dim": index.d}
-        head["misfit"] = head.get("misfit") or _alike(some)
+        head["misfit"] = head.get("misfit") or _alike(db, ids)
         head |= {"checksum": seal([head["fingerprint"], *(row[1:] for row in rows)])}
         head |= {"neighbours": database.write_neighbours(out, index), "last": _newest(db)}
         database.write_settings(db, **head)

@@ -28,7 +28,7 @@ from .embedding import same_model
 from .files import thumbnail
 from .index import Index
 from .middleware import UPLOAD, Gate, own_names
-from .search import Hit, as_caption, card, data_uri, escaped, query_vector, sum_vectors
+from .search import as_caption, card, data_uri, escaped, query_vector, sum_vectors
 from ..core import VermouthError
 from ..images import figure_image, read_image
 from ..model import Vermouth
@@ -37,6 +37,7 @@ from ..zoo.plus import for_search
 
 # %% ../../nbs/app/06_web.ipynb #44c1733b
 if TYPE_CHECKING:
+    from gradio import Blocks
     from gradio import Image as ImageField
 
 # %% ../../nbs/app/06_web.ipynb #147f8488
@@ -82,37 +83,30 @@ def typed_names(
         raise VermouthError(f"names: {len(names)} are given. Type 2 to {CLASSES}, with commas or one a line.")
     return names
 
-# %% ../../nbs/app/06_web.ipynb #a0981615
-def _cards(hits: Sequence[Hit]) -> str:
-    return f'<main class="hits">{"".join(card(hit, rank) for rank, hit in enumerate(hits, 1))}</main>'
-
 # %% ../../nbs/app/06_web.ipynb #048b4641
 def _warn(note: str) -> None:
     "Show on the page why a model does not fit the images."
     if note:
         warnings.warn(note, stacklevel=3)
 
-# %% ../../nbs/app/06_web.ipynb #993055a3
-def _fitting(index: Index) -> Index:  # the same
-    _warn(index.misfit)
-    return index
-
 # %% ../../nbs/app/06_web.ipynb #cbd9842f
-def word_vectors(model: Any, words: str | None) -> list[np.ndarray]:  # (1,D), or nothing for no words
+def word_vectors(model: Vermouth, words: str | None) -> list[np.ndarray]:  # (1,D), or nothing for no words
     "Return the vector of typed words. Raises VermouthError for too many, or a model that reads none."
     words = (words or "").strip()
     if len(words) > WORDS:
         raise VermouthError(f"words: {len(words):,} characters, more than {WORDS}. Type fewer.")
     # never a path on this machine
-    return [model.embed_text(as_caption(words)).float().cpu().numpy()] if words else []
+    return [for_search(model).embed_text(as_caption(words)).float().cpu().numpy()] if words else []
 
 # %% ../../nbs/app/06_web.ipynb #62084d3d
 def _found(
-    index: Index, model: Any, vector: np.ndarray, k: int, add: str | None, subtract: str | None, weight: float
+    index: Index, model: Vermouth, vector: np.ndarray, k: int, add: str | None, subtract: str | None, weight: float
 ) -> str:
     "Photos for a vector, to which words are added and from which words are taken, as HTML."
     parts = word_vectors(model, add), word_vectors(model, subtract)
-    return _cards(_fitting(index).nearest(sum_vectors(vector, *parts, weight), k))
+    _warn(index.misfit)
+    hits = index.nearest(sum_vectors(vector, *parts, weight), k)
+    return f'<main class="hits">{"".join(card(hit, rank) for rank, hit in enumerate(hits, 1))}</main>'
 
 # %% ../../nbs/app/06_web.ipynb #03391535
 def by_drawing(
@@ -344,7 +338,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 # %% ../../nbs/app/06_web.ipynb #167aa20d
 def guarded_app(
-    page: Any,             # gradio.Blocks
+    page: "Blocks",
     folder: str,           # of the uploads
     hosts: Sequence[str],  # as for `refusal`
 ) -> Gate:

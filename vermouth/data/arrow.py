@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,7 @@ class Hashed:
 
     closed = False
 
-    def __init__(self, f: Any):
+    def __init__(self, f: BinaryIO):
         self.f, self.flush, self.sha256 = f, f.flush, hashlib.sha256()
 
     def write(self, data: Any) -> int:

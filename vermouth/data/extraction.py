@@ -130,7 +130,7 @@ def check_views(views: Sequence[str]) -> list[str]:
         raise VermouthError(f"views={names}: without 'plain'. Pass ('plain',) or ('plain', 'flip').")
     return [name for name in VIEWS if name in names]
 
-
+# %% ../../nbs/data/08_extraction.ipynb #4a7d5752
 def view_of(name: str) -> str:  # "plain" or "flip"
     "Return the view of a stored map, as `level0` or `level0_flip`."
     return "flip" if name.endswith("_flip") else "plain"
@@ -227,7 +227,7 @@ def prepared(self: Job, image: Any) -> tuple[Any, Tensor]:
         return None, x
     return shrink_picture(self.captioner, flatten(image)) if picture else image, x
 
-
+# %% ../../nbs/data/08_extraction.ipynb #7d5217f8
 @patch
 def read(self: Job, i: int) -> tuple[str, Any, Tensor | None, str]:
     "Return an item's digest, its image for the captioner, (3,H,W) for the rest, and the reason if it is skipped."

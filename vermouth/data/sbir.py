@@ -169,10 +169,6 @@ def _split_names(names: Sequence[str], unseen: Sequence[str] | None, seed: int) 
         raise VermouthError(f"unseen: {len(chosen)} of {n} classes. Leave at least one seen and one unseen.")
     return [name for name in names if name not in chosen], [name for name in names if name in chosen]
 
-# %% ../../nbs/data/04_sbir.ipynb #dd32c40f
-def _has_kind(root: Path) -> bool:
-    return (root / "sketch").is_dir() or (root / "photo").is_dir()
-
 # %% ../../nbs/data/04_sbir.ipynb #33d804c7
 def _class_folders(root: Path) -> dict[str, dict[str, list[Path]]]:  # kind → class → its folders
     "The class folders by name. Raises VermouthError if sketch/ and photo/ do not hold the same ones."
@@ -228,7 +224,9 @@ def load_sbir(
     if dataset == "toybox":
         split = _toybox(shots, test_per_class, seed)
     elif dataset == "folder":
-        split = _folders(inner_root(check_root(root, dataset), _has_kind), unseen, seed)
+        kinds = ("sketch", "photo")
+        place = inner_root(check_root(root, dataset), lambda path: any((path / kind).is_dir() for kind in kinds))
+        split = _folders(place, unseen, seed)
     else:
         lists = LAYOUTS[dataset].lists
         split = _official(dataset, inner_root(check_root(root, dataset), lambda path: (path / lists).is_dir()))

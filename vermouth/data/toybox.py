@@ -75,13 +75,6 @@ def _main_colour(rng: np.random.Generator, name: str) -> tuple[str, np.ndarray]:
     word = str(rng.choice(CATEGORIES[name].colours))
     return word, COLOURS[word] + rng.normal(0, 14, 3)
 
-# %% ../../nbs/data/01_toybox.ipynb #9a787057
-def _part_colour(rng: np.random.Generator, colour: str, main: np.ndarray) -> tuple[int, ...]:
-    "A shade of the main colour, or a material with a little variation."
-    if colour[0] == "*":
-        return _rgb(main * (0.72 if colour == "*d" else 1.0) + (60 if colour == "*l" else 0))
-    return _rgb(COLOURS[colour] + rng.normal(0, 8, 3))
-
 # %% ../../nbs/data/01_toybox.ipynb #3167c469
 def _paint(
     rng: np.random.Generator,
@@ -95,7 +88,11 @@ def _paint(
 ) -> None:
     "Fill the instance part by part, each with a darker rim."
     for xy, part in zip(shapes, CATEGORIES[name].parts, strict=True):
-        rgb, points = _part_colour(rng, part.colour, main), _canvas(xy)
+        if part.colour[0] == "*":  # a shade of the main colour
+            rgb = _rgb(main * (0.72 if part.colour == "*d" else 1.0) + (60 if part.colour == "*l" else 0))
+        else:  # a material with a little variation
+            rgb = _rgb(COLOURS[part.colour] + rng.normal(0, 8, 3))
+        points = _canvas(xy)
         if part.width:
             width = max(2, round(part.width * scale * SIZE))
             draw.line(points, fill=rgb, width=width, joint="curve")
@@ -154,12 +151,6 @@ def _develop(
 # %% ../../nbs/data/01_toybox.ipynb #e25f0a37
 def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-# %% ../../nbs/data/01_toybox.ipynb #337d5c71
-def _photo_caption(rng: np.random.Generator, name: str, colour: str) -> str:
-    "Half of the captions name the main colour."
-    what = f"{colour} {name}" if rng.random() < 0.5 else name
-    return f"{rng.choice(['a photo', 'a photo', 'a picture', 'an image'])} of {_with_article(what)}"
 
 # %% ../../nbs/data/01_toybox.ipynb #8e9da5bf
 def part_points(
@@ -220,7 +211,9 @@ def photo(
     image = _develop(rng, canvas, inside)
     mask = np.where(inside > 0.5, NAMES.index(name), IGNORE).astype(np.uint8)
     facts = pose(name, shapes) | {"colour": word, "shadow": float(shadow), "occluded": float(occluded)}
-    return image, mask, _photo_caption(rng, name, word), part_points(list(shapes), hidden), facts
+    what = f"{word} {name}" if rng.random() < 0.5 else name  # half of the captions name the main colour
+    caption = f"{rng.choice(['a photo', 'a photo', 'a picture', 'an image'])} of {_with_article(what)}"
+    return image, mask, caption, part_points(list(shapes), hidden), facts
 
 # %% ../../nbs/data/01_toybox.ipynb #e60d9172
 def sketch(

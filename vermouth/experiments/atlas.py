@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from ..backbone import Backbone
 from ..core import VermouthError
@@ -83,11 +82,6 @@ def scores(errors: pd.DataFrame, constant: pd.DataFrame) -> pd.Series:  # by att
 # %% ../../nbs/experiments/07_atlas.ipynb #3772e446
 PROBED = ("block", "resnet", "attention.self", "attention.cross")  # kinds of taps
 
-# %% ../../nbs/experiments/07_atlas.ipynb #367e7c10
-def _pooled(maps: Sequence[Tensor]) -> list[np.ndarray]:  # (B,D) each
-    sizes = [(min(4, m.shape[2]), min(4, m.shape[3])) for m in maps]
-    return [F.adaptive_avg_pool2d(m.float(), s).flatten(1).cpu().numpy() for m, s in zip(maps, sizes, strict=True)]
-
 # %% ../../nbs/experiments/07_atlas.ipynb #34d92fe2
 def tap_features(
     bb: Backbone,
@@ -103,7 +97,10 @@ def tap_features(
         some = items[start : start + 64]
         prompts = [item.caption for item in some] if captions else None
         images = [item.image for item in some]
-        parts.append(_pooled(bb.features(images, prompts, timesteps=timestep, stages=names, attention=None)))
+        maps = bb.features(images, prompts, timesteps=timestep, stages=names, attention=None)
+        sides = [(min(4, m.shape[2]), min(4, m.shape[3])) for m in maps]
+        pooled = [F.adaptive_avg_pool2d(m.float(), side) for m, side in zip(maps, sides, strict=True)]
+        parts.append([m.flatten(1).cpu().numpy() for m in pooled])
     return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*parts, strict=True), strict=True)}
 
 # %% ../../nbs/experiments/07_atlas.ipynb #76e066fa

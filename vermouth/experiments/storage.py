@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,10 @@ from vermouth.data.toybox import Toybox
 from vermouth.experiments.bench import elapsed_seconds
 from vermouth.images import image_batch
 from vermouth.store import FeatureStore, extract
+
+# %% ../../nbs/experiments/06_storage.ipynb #e6d098b3
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # %% ../../nbs/experiments/06_storage.ipynb #3c13ba22
 WAYS = ("store", "datasets, its own calls", "datasets, Arrow by hand")
@@ -67,7 +71,7 @@ def write_dataset(out: Path, plan: Plan, maps: dict[str, Tensor], by_hand: bool 
             os.fsync(f.fileno())
 
 # %% ../../nbs/experiments/06_storage.ipynb #3c83b96e
-def take_by_hand(dataset: Any, rows: np.ndarray, shapes: dict[str, list[int]]) -> list[np.ndarray]:
+def take_by_hand(dataset: "Dataset", rows: np.ndarray, shapes: dict[str, list[int]]) -> list[np.ndarray]:
     "Return maps (B,C,h,w) of rows of a dataset in the format `arrow`."
     table, levels = dataset[rows.tolist()], []
     for name, shape in shapes.items():

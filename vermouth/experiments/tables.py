@@ -46,14 +46,6 @@ def _commit() -> str:
         return ""
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else ""
 
-# %% ../../nbs/experiments/00_tables.ipynb #9a877496
-def _version(package: str) -> str:
-    "A package's version, or `absent`."
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
 # %% ../../nbs/experiments/00_tables.ipynb #2bc82f09
 def provenance(
     device: str | torch.device = "cpu",                                            # where the run computed
@@ -64,7 +56,13 @@ def provenance(
     name = f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"commit": _commit(), "versions": " ".join(f"{p}={_version(p)}" for p in packages), "device": name}
+    versions = []
+    for package in packages:
+        try:
+            versions.append(f"{package}={version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package}=absent")
+    return {"commit": _commit(), "versions": " ".join(versions), "device": name}
 
 # %% ../../nbs/experiments/00_tables.ipynb #bff54eb1
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")

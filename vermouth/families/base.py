@@ -216,7 +216,7 @@ def scale_latents(
     self: Family,
     mean: Tensor,  # (B,C,h,w) of the VAE's posterior
 ) -> Tensor:
-    "Latents as the denoiser knows them."
+    "Return latents in the denoiser's scale."
     config = self.vae.config
     shift = getattr(config, "shift_factor", None)
     return (mean if shift is None else mean - shift) * config.scaling_factor

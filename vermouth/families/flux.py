@@ -141,7 +141,7 @@ def encode(self: Flux, prompts: list[str], device: torch.device) -> Conditioning
         pooled = self.parts["text_encoder"](ids.to(device)).pooler_output
     return Conditioning(t5_states(self, "text_encoder_2", prompts, LENGTH, device)[0], {"pooled": pooled})
 
-
+# %% ../../nbs/families/07_flux.ipynb #42000bad
 @patch
 def denoise(self: Flux, latents: Tensor, timestep: int, condition: Conditioning) -> Tensor:
     height, width = latents.shape[-2:]

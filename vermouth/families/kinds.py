@@ -36,7 +36,7 @@ class Kind:
         "All parts, with weights or without."
         return [*self.weights, *(tokenizer_of(part) for part in self.encoders), "scheduler"]
 
-
+# %% ../../nbs/families/00_kinds.ipynb #8c54d97a
 def tokenizer_of(
     encoder: str,  # as "text_encoder_2"
 ) -> str:          # as "tokenizer_2"

@@ -43,16 +43,16 @@ def stored_vectors(
     quiet: bool = False,  # no progress bar
 ) -> Tensor:             # (N,D) float32
     "The teacher's vectors, from the file as far as it goes."
-    mark = hashlib.sha256(teacher.fingerprint.encode() + pixels.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(teacher.fingerprint.encode() + pixels.numpy().tobytes()).hexdigest()
     known: list[Tensor] = []
     if path.is_file():
         with safe_open(path, "pt") as f:
-            known = [f.get_tensor("vectors").float()] if (f.metadata() or {}).get("mark") == mark else []
+            known = [f.get_tensor("vectors").float()] if (f.metadata() or {}).get("mark") == digest else []
     done = sum(map(len, known))
     for i in tqdm(range(done, len(images), _PART), desc="teacher", disable=quiet):
         known.append(teacher.embed(images[i : i + _PART]).float().cpu())
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({"vectors": torch.cat(known).half()}, {"mark": mark}))
+        write_atomic(path, save({"vectors": torch.cat(known).half()}, {"mark": digest}))
     return torch.cat(known)
 
 # %% ../../nbs/pretrain/08_student.ipynb #51877ece

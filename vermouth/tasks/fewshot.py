@@ -514,10 +514,6 @@ def baseline_rows(
         _zero_shot_row("caption only", x["caption"], data, model, reading),
     ]
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #dd8c8cdd
-def _fixed_probe(x: Tensor, labels: Sequence[int], test: Tensor) -> Tensor:
-    return linear_probe(x, labels, test, strength=1.0)
-
 # %% ../../nbs/tasks/01_fewshot.ipynb #ca390171
 # on CLIP's vectors, tuned and as they are
 CLIP_METHODS: list[tuple[str, Callable[..., Tensor], dict[str, Any]]] = [
@@ -542,7 +538,8 @@ def modern_rows(
     inner = embed_items(unprojected_embedder(model.clip), reading.items, reading.prompts)
     projection = model.clip.model.visual.proj.detach().float().cpu()
     rows = run({"LP++": vectors}, by=partial(lp_plus_plus, classes=names))
-    rows += run({"linear probe on the same features, C = 1": pooled_levels(reading)}, by=_fixed_probe)
+    fixed_probe = partial(linear_probe, strength=1.0)
+    rows += run({"linear probe on the same features, C = 1": pooled_levels(reading)}, by=fixed_probe)
     for name, method, fixed in CLIP_METHODS:
         rows += run({name: vectors}, by=partial(method, classes=names, **fixed))
         rows += run({f"{name}, tuned": vectors}, by=partial(tuned, method, more=(names,), **fixed))
@@ -581,16 +578,16 @@ def plus_scores(
     others: Sequence[tuple[Tensor, Tensor]],  # (N,D) and (M,D) vectors of CLIP's image tower, and of the captions
     classes: Tensor,                 # (K,D) unit vectors of the names
 ) -> Tensor:                         # (M,K) scores
-    "Return what Vermouth+ says of the test images."
+    "Return the scores of Vermouth+: standardised scores of its parts, weighted on the training images and summed."
     y, names = torch.as_tensor(labels), classes.double()
     fit = Ridge(train, classes[y])
     penalty = choose_penalty(fit, labels, classes)
     weight, bias = fit.solve(penalty)
     pairs = [(fit.left_out(penalty, np.arange(len(y))), test.double() @ weight.T + bias), *others]
     scores = [[standard_scores(F.normalize(z.double(), dim=-1) @ names.T) for z in side] for side in zip(*pairs)]
-    told, asked = (torch.stack(side) for side in scores)
-    weights = opinion_weights(told, labels) if y.bincount().min() > 1 else torch.ones(len(pairs)).double()
-    return torch.einsum("p,pnk->nk", weights, asked)
+    known, wanted = (torch.stack(side) for side in scores)
+    weights = opinion_weights(known, labels) if y.bincount().min() > 1 else torch.ones(len(pairs)).double()
+    return torch.einsum("p,pnk->nk", weights, wanted)
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #e1472110
 def plus_rows(

@@ -52,7 +52,6 @@ from vermouth.metrics import (
     retrieval_values,
 )
 from ..model import Vermouth
-from ..store import FeatureStore
 from ..text import class_embeddings
 from ..train import Features, Ridge, pool_features, start_head, train_head
 from ..uhead import LOGITS
@@ -395,14 +394,6 @@ class SbirRun:
 # %% ../../nbs/tasks/00_sbir.ipynb #ab7f451b
 PLUS, START = "Vermouth+ (ours)", "ridge start (ours)"
 
-
-def _started(
-    models: Mapping[str, Vermouth], split: SketchSplit, features: Mapping[Backbone, FeatureStore]
-) -> dict[str, StartedModel]:  # of the first backbone, with the expert and without
-    backbone = next(iter(models.values())).backbone
-    own = {name: m for name, m in models.items() if m.backbone is backbone}
-    return {f"{name}, {START}": start_sbir(m, split, features[backbone]) for name, m in own.items()}
-
 # %% ../../nbs/tasks/00_sbir.ipynb #5b252751
 def study_sbir(
     models: dict[str, Vermouth],      # from `study_models`; their U-heads are trained in place
@@ -423,7 +414,10 @@ def study_sbir(
     epochs = [train_sbir(m, split, features=features[m.backbone], **options) for m in models.values()]
     history = pd.concat([part.assign(method=name) for name, part in zip(models, epochs, strict=True)])
     more = train_bottlenecks(first, split, prompts, **options)
-    started = _started(models, split, features) if first.protocol == "ours" else {}
+    started: dict[str, StartedModel] = {}
+    if first.protocol == "ours":
+        own = {name: m for name, m in models.items() if m.backbone is first.backbone}  # with the expert and without
+        started = {f"{name}, {START}": start_sbir(m, split, features[m.backbone]) for name, m in own.items()}
     every = models | {name: s.model for name, s in started.items()}
     tests, known = (split.test_sketches, split.test_photos), {}
     if before and item_ids(sum(tests, [])) == item_ids([*before.split.test_sketches, *before.split.test_photos]):

@@ -137,7 +137,7 @@ class LiveFeatures:
 # %% ../../nbs/tasks/02_segmentation.ipynb #b115b7c2
 @dataclass(frozen=True)
 class LiveMasks:
-    "Masks of a list of items, made whenever a batch asks for them."
+    "Masks of a list of items, made anew for each batch."
 
     items: Sequence[MaskItem | MaskView]
     seen: Sequence[int]
@@ -151,7 +151,7 @@ class LiveMasks:
     def __getitem__(self, numbers: Sequence[int]) -> Tensor:  # (B,H,W)
         return training_masks([self.items[i] for i in numbers], self.seen, self.ignore_index, self.side)
 
-
+# %% ../../nbs/tasks/02_segmentation.ipynb #a3680873
 def masks_for(
     features: Sequence[Tensor] | Features,  # of split.train
     split: MaskSplit,

@@ -76,8 +76,7 @@ class Embedder:
     has_words = False             # texts are vectors of the same space
     labels: tuple[str, ...] = ()  # classes that it was trained on
 
-    # (B,D) float32 of length 1
-    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:
+    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:  # (B,D) float32
         "Return one unit vector per image."
         raise NotImplementedError
 
@@ -86,29 +85,25 @@ class Embedder:
         what = "it reads images, not words"
         raise VermouthError(f"model={self.name!r}: {what}. Ask with an image, or use --model clip:… from the start.")
 
-    # (B,K) probabilities of K names; None takes `labels`
     def classify(
         self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
     ) -> Tensor:
-        "Return which of the names fits. Raises VermouthError for a model without words."
+        "Return (B,K) probabilities of K names, or of `labels`. Raises VermouthError for a model without words."
         raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} classify --out MODEL.")
 
-    # (H,W), a list for many; `short` is for trained heads only
     def segment(
         self, images: Images, names: Sequence[str], short: int | None = None, value_range: AnyRange = None
     ) -> Any:
-        "Return the class of each pixel. Raises VermouthError for a model without words."
+        "Return the class (H,W) of each pixel, a list for many. Raises VermouthError for a model without words."
         raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} segment --out MODEL.")
+
+    def misfit(self, images: Images, value_range: AnyRange = None) -> str:
+        "Return why a sample of images is not what the model was made for; nothing where it is not known."
+        return _toybox_misfit(images, value_range) if self.name in ("toybox", "clip:toybox") else ""
 
     def describe(self) -> dict[str, Any]:  # JSON's types, for `embedder_from`
         "Return what a card needs to build this model again."
         raise NotImplementedError
-
-# %% ../../nbs/zoo/01_embedders.ipynb #5b6b2d83
-@patch
-def misfit(self: Embedder, images: Images, value_range: AnyRange = None) -> str:
-    "Return why a sample of images is not what the model was made for; nothing where it is not known."
-    return _toybox_misfit(images, value_range) if self.name in ("toybox", "clip:toybox") else ""
 
 # %% ../../nbs/zoo/01_embedders.ipynb #52d558be
 @patch

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,12 +63,14 @@ class PlusEmbedder:
         parts = [part.to(vectors) for part in (vectors, towers, captions)]
         return F.normalize(join_parts(parts, self.model.plus), dim=-1)
 
-    def embed_text(
-        self,
-        texts: str | Sequence[str],  # one text or N of them
-    ) -> Tensor:                     # (N,3·D) float32 of length 1
-        "Return one unit vector per text, in the space of `embed`."
-        return F.normalize(join_parts([self.model.embed_text(texts)] * 3, self.model.plus), dim=-1)
+# %% ../../nbs/zoo/03_plus.ipynb #087d7b59
+@patch
+def embed_text(
+    self: PlusEmbedder,
+    texts: str | Sequence[str],  # one text or N of them
+) -> Tensor:                     # (N,3·D) float32 of length 1
+    "Return one unit vector per text, in the space of `embed`."
+    return F.normalize(join_parts([self.model.embed_text(texts)] * 3, self.model.plus), dim=-1)
 
 # %% ../../nbs/zoo/03_plus.ipynb #fcf5e27b
 def for_search(

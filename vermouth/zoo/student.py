@@ -101,7 +101,7 @@ def packed(
             kept[key] = (value.flatten(1) / scale.float()[:, None]).round().clamp(-127, 127).char().view(value.shape)
     return kept
 
-
+# %% ../../nbs/zoo/02_student.ipynb #015242f6
 def unpacked(
     state: Mapping[str, Tensor],  # from `packed`
 ) -> dict[str, Tensor]:           # float32
