@@ -154,7 +154,7 @@ def test_bad_files_are_skipped_wherever_the_folder_lies(backbone, tmp_path, caps
         files = [*sorted((tmp_path / name).iterdir()), tmp_path / name / "gone.png"]
         store = extract(backbone, files, tmp_path / f"{name}.store", **FEW | {"quiet": False})
         printed, skipped = capsys.readouterr().out, dict(store.skipped)
-        assert "19 items take" in printed and "4 of 19 skipped" in printed and str(tmp_path) not in printed
+        assert "4 of 19 skipped" in printed and str(tmp_path) not in printed
         assert skipped.keys() == {"00.png", "05.png", "06.png", "gone.png"} and len(store) == len(store.ids) == 15
         assert "64×128 pixels where the store holds 64×64" in skipped["06.png"]
         assert [f"{i:02}.png" for i in store.kept] == store.ids, "labels of the whole list find their items"

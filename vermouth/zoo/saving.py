@@ -29,6 +29,7 @@ FORMAT = 2
 CARD = "vermouth.json"
 OLD_WEIGHTS = "model.safetensors"  # the name in format 1
 OLD_LOGITS = {"scale": 4.6052, "temperature": 0.2}  # of every model whose card does not say its own
+_DEFAULTS = {"logits": OLD_LOGITS, "start": None, "plus": None}  # of cards of trained models that do not say
 _PART = {"name": str, "fingerprint": str}
 _OVERLAY = {"unet": (str, None), "lora": [str], "variant": (str, None)}  # over a denoiser's weights, by their names
 _CAPTIONS = {"beams": int, "prefix": str, "max_new_tokens": int, "size": (int, None)}  # other ones than the default
@@ -160,7 +161,7 @@ def read_card(folder: Path) -> dict[str, Any]:  # as `SCHEMAS` says, also where 
     if version == 1 and not {"kind", "training"} & card.keys():
         card = {"kind": "uhead", "training": None, "protocol": "ours", "normalise": False} | card
     if isinstance(card, dict) and card.get("kind") == "uhead":
-        card = {"logits": OLD_LOGITS, "start": None, "plus": None} | card
+        card = _DEFAULTS | card
     if difference := _card_error(card):
         raise folder_error(folder, f"{CARD} is damaged, {difference}. Save the model again.")
     return card
@@ -260,7 +261,8 @@ def write_model(
     folder, dtype = Path(folder), pick_dtype(dtype)
     plain = {k: (v.to(dtype) if v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
     weights = save_tensors(plain, {"format": "pt"})
-    card = {"format": FORMAT} | card | {"weights": hashlib.sha256(weights).hexdigest()}
+    defaults = {"plus": None} if card.get("kind") == "uhead" else {}
+    card = {"format": FORMAT} | defaults | card | {"weights": hashlib.sha256(weights).hexdigest()}
     if difference := _card_error(card):
         raise VermouthError(f"card: {difference}. Give what SCHEMAS lists.")
     name = weights_name(card["weights"])
