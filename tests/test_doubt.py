@@ -51,6 +51,7 @@ def test_a_head_on_any_part_of_the_toybox_knows_drawn_pictures_only(part):
     ("metrics", "said"),
     [
         ({"accuracy": 1 / 6, "chance": 1 / 6, "test images": 60}, True),
+        ({"accuracy": 0.0, "chance": 1 / 6, "test images": 60}, True),
         ({"accuracy": 0.9, "chance": 1 / 6, "test images": 60}, False),
         ({"mAP@all": 0.1, "chance": 0.1}, True),
         ({"accuracy": float("nan"), "chance": 0.5, "test images": 9}, False),

@@ -706,10 +706,14 @@ def load(
     return model
 
 # %% ../nbs/library/11_model.ipynb #c5b4d202
+_Device = str | torch.device | None
+_Dtype = str | torch.dtype
+
+
 def _clip_here(
     folder: str | Path,  # of a denoiser, or its name
     width: int,          # of its text encoder
-    device: str | torch.device | None,
+    device: _Device,
 ) -> Clip | None:
     "The CLIP that goes with a denoiser, where its weights are on this machine."
     if folder == "toybox" or (Path(folder) / "clip").is_dir():
@@ -721,13 +725,7 @@ def _clip_here(
         return None
 
 # %% ../nbs/library/11_model.ipynb #3cdf2a41
-def _open_folder(
-    folder: Path,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    allow: Sequence[str],
-    overlay: Mapping[str, Any],
-) -> Any:
+def _open_folder(folder: Path, device: _Device, dtype: _Dtype, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model in a folder, by the files in it."
     if (folder / CARD).is_file():
         card = read_card(folder)
@@ -742,22 +740,14 @@ def _open_folder(
     )
 
 # %% ../nbs/library/11_model.ipynb #1ef9f8f1
-def _open_denoiser(
-    name: str, device: str | torch.device | None, dtype: str | torch.dtype, overlay: Mapping[str, Any]
-) -> PyramidEmbedder:
+def _open_denoiser(name: str, device: _Device, dtype: _Dtype, overlay: Mapping[str, Any]) -> PyramidEmbedder:
     "A training-free model of a denoiser."
     backbone = load_backbone(name, device, dtype, **overlay)
     clip = _clip_here(name, backbone.family.text_width, backbone.device)
     return PyramidEmbedder(backbone, clip)
 
 # %% ../nbs/library/11_model.ipynb #6a2a4370
-def _open_hub(
-    name: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    allow: Sequence[str],
-    overlay: Mapping[str, Any],
-) -> Any:
+def _open_hub(name: str, device: _Device, dtype: _Dtype, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model under a hub id: a trained one if it has a card, else a denoiser."
     try:
         hf_hub_download(name, CARD)
@@ -767,13 +757,7 @@ def _open_hub(
     return _open_folder(folder, device, dtype, allow, overlay)
 
 # %% ../nbs/library/11_model.ipynb #3a108c6a
-def _open(
-    name: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    allow: Sequence[str],
-    overlay: Mapping[str, Any],
-) -> Any:
+def _open(name: str, device: _Device, dtype: _Dtype, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model of a name other than auto. Toybox's head is of no use over another denoiser."
     if name == "toybox":
         return _open_denoiser(name, device, dtype, overlay) if overlay else Vermouth.load("toybox", device, dtype)

@@ -38,10 +38,10 @@ def _as_good_as_chance(metrics: Mapping[str, Any]) -> str:  # empty if it is bet
     "What a training reached, where chance might have."
     for name, least in (("accuracy", 0.0), ("mAP@all", 1.2)):
         found = [metrics.get(key) for key in (name, "chance", "test images")]
-        value, chance, images = (float(v) if isinstance(v, (int, float)) and v > 0 else 0.0 for v in found)
-        if not (0 < value < 1 and 0 < chance < 1):
+        value, chance, images = (float(v) if isinstance(v, (int, float)) and v >= 0 else -1.0 for v in found)
+        if not (0 <= value <= 1 and 0 < chance < 1):
             continue
-        doubt = 2 * (chance * (1 - chance) / images) ** 0.5 if images else 0.0  # two standard deviations
+        doubt = 2 * (chance * (1 - chance) / images) ** 0.5 if images > 0 else 0.0  # two standard deviations
         if value <= max(least * chance, chance + doubt):
             return f"{name} {value:.1%} on held-out images, where chance gives {chance:.1%}"
     return ""

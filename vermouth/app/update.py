@@ -77,14 +77,13 @@ ALIKE = 0.99  # mean cosine of two photos, above which a model tells hardly anyt
 DIFFER = 10.0  # standard deviation of grey values among photos that are not the same one over and over
 
 
-def _alike(db: sqlite3.Connection, ids: np.ndarray) -> str:
+def _alike(db: sqlite3.Connection, ids: np.ndarray, vectors: np.ndarray) -> str:
     "Why hits mean nothing, where photos that differ get nearly the same vector; nothing elsewhere, or for a few."
-    some = ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)]
-    vectors, n = database.read_vectors(db, some), len(some)
+    n = len(ids)
     mean = float(((vectors.sum(0) ** 2).sum() - n) / (n * (n - 1))) if n >= 8 else 0.0
     if mean <= ALIKE:
         return ""
-    rows = [row for i in some.tolist() for row in read_rows(db, "id = ?", i)]
+    rows = [row for i in ids.tolist() for row in read_rows(db, "id = ?", i)]
     grey = np.stack([np.asarray(decode_photo(row[6]).convert("L").resize((8, 8)), float) for row in rows])
     what = f"any two of the photos are alike to it (mean cosine {mean:.4f}), as to a network without trained weights"
     return f"model: {what}; hits are at random. Use another --model." if grey.std(0).mean() > DIFFER else ""
@@ -103,10 +102,11 @@ def publish(db: sqlite3.Connection, out: Path, gone: set[str], old: Any, exact: 
             raise VermouthError(f"folder={head['folder']!r}: {what}. Replace them; the index is left as it was.")
         ids = np.array([i for i, *_ in rows], np.int64)
         index, recall, trained = database.update_neighbours(db, ids, old, read_settings(db), exact)
-        some = database.read_vectors(db, ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)])
+        chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), 64), dtype=np.int64)]
+        some = database.read_vectors(db, chosen)
         nearest = float(np.median(database.find_nearest(index, some, min(len(ids), 2))[0][:, -1]))
         head |= {"recall": recall, "trained": trained, "nearest": nearest, "count": len(ids), "dim": index.d}
-        head["misfit"] = head.get("misfit") or _alike(db, ids)
+        head["misfit"] = head.get("misfit") or _alike(db, chosen, some)
         head |= {"checksum": seal([head["fingerprint"], *(row[1:] for row in rows)])}
         head |= {"neighbours": database.write_neighbours(out, index), "last": _newest(db)}
         database.write_settings(db, **head)
