@@ -13,12 +13,10 @@ from transformer_layout import FLUX, drop_part, pipeline, write_folder
 from vermouth.backbone import load_backbone, random_backbone
 from vermouth.checkpoint import load_parts
 from vermouth.core import VermouthError
-from vermouth.data.toybox import Toybox
 from vermouth.families.adapters import adapt, family_of
 from vermouth.families.base import random_parts
 from vermouth.hooks import list_taps, table_dims
 from vermouth.model import Vermouth
-from vermouth.store import FeatureStore, extract
 from vermouth.train import train_head
 from vermouth.visualize import word_maps
 
@@ -77,17 +75,6 @@ def test_features_do_not_depend_on_the_batch(kind, backbones, images):
         torch.testing.assert_close(a[1:], c, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sd3.5", "flux"])
-def test_half_the_bits_give_nearly_the_same(kind, folders, backbones, images):
-    exact = backbones[kind].features(images, PROMPTS, T, size="keep")
-    short = load_backbone(folders[kind], "cpu", "bfloat16").features(images, PROMPTS, T, size="keep")
-    for a, b in zip(exact, short, strict=True):
-        assert b.isfinite().all()
-        # FLUX is given time and guidance in its own type
-        near = 0.95 if kind == "flux" else 0.99
-        assert torch.nn.functional.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > near
-
-
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_an_inversion_ends_near_where_the_noise_is(kind, backbones, images):
     bb = backbones[kind]
@@ -97,17 +84,6 @@ def test_an_inversion_ends_near_where_the_noise_is(kind, backbones, images):
     assert (down - latents).norm() < 0.4 * (up - latents).norm()
     maps = bb.features(images, PROMPTS, T, noise="ddim", ddim_steps=3, size="keep")
     assert all(m.isfinite().all() for m in maps)
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_a_store_holds_what_was_read(kind, backbones, tmp_path):
-    bb, items = backbones[kind], Toybox("photo", n=3, seed=5)
-    store = extract(bb, items, tmp_path / "store", size=SIZE, quiet=True)
-    again = FeatureStore(tmp_path / "store")
-    assert again.checksum() == store.checksum()
-    direct = bb.features([items[1].image], "", size=SIZE)
-    for stored, read in zip(again[1], direct, strict=True):
-        torch.testing.assert_close(stored.float(), read[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)

@@ -99,12 +99,13 @@ class Backbone:
 # %% ../nbs/library/10_backbone.ipynb #fa5b8daa
 @patch(as_prop=True)
 def device(self: Backbone) -> torch.device:
-    return self.moved_to or self.family.denoiser.device
+    # of the first weight: diffusers' own `device` and `dtype` go through all modules, at every call
+    return self.moved_to or next(self.family.denoiser.parameters()).device
 
 # %% ../nbs/library/10_backbone.ipynb #b4cfbe73
 @patch(as_prop=True)
 def dtype(self: Backbone) -> torch.dtype:
-    return self.family.denoiser.dtype
+    return next(self.family.denoiser.parameters()).dtype
 
 # %% ../nbs/library/10_backbone.ipynb #936cbab9
 @patch(as_prop=True)
@@ -136,11 +137,11 @@ def __repr__(self: Backbone) -> str:
 def from_components(
     cls: Backbone,
     *,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL,                         # images (B,3,H,W) ↔ latents (B,C,h,w)
     scheduler: SchedulerMixin,                  # only what says how noisy a time step is
     unet: UNet2DConditionModel | None = None,   # the denoiser: this, or a transformer
-    transformer: ModelMixin | None = None,
-    text_encoder: PreTrainedModel | None = None,
+    transformer: ModelMixin | None = None,      # the denoiser, if it is not a U-Net
+    text_encoder: PreTrainedModel | None = None,  # caption → (B,T,D) hidden states
     tokenizer: PreTrainedTokenizerBase | None = None,  # one that knows its model_max_length
     device: str | torch.device | None = None,   # None leaves every part where the denoiser is
     dtype: str | torch.dtype | None = None,     # None takes the denoiser's
@@ -271,11 +272,17 @@ def encode_text(
 
 # %% ../nbs/library/10_backbone.ipynb #4d1414f9
 NOISES = ("ddpm", "ddim", "none")                         # ways to a time step
-TRAJECTORIES = ("sequential", "independent", "released")  # ways to use several time steps
+TRAJECTORIES = ("sequential", "independent", "released", "each")  # ways to use several time steps
 
 # %% ../nbs/library/10_backbone.ipynb #e72a78a9
 # the same by the name of the result, and the maps of each time step by itself
-COMBINES = {"sequential": "sequential", "mean": "independent", "stack": "independent", "list": "independent"}
+COMBINES = {
+    "sequential": "sequential",
+    "mean": "independent",
+    "each": "each",
+    "stack": "independent",
+    "list": "independent",
+}
 
 # %% ../nbs/library/10_backbone.ipynb #1f7afdec
 @dataclass(frozen=True)
@@ -304,6 +311,11 @@ class FeatureSettings:
             n = getattr(self, name)
             if not isinstance(n, Integral) or isinstance(n, bool) or not least <= n <= most:
                 raise VermouthError(f"{name}={n!r}: pass a whole number, at least {least}.")
+
+    @property
+    def times(self) -> int:
+        "How many maps of each level stand side by side: one for each time step with trajectory='each', else one."
+        return len(set(as_names(self.timesteps))) if self.trajectory == "each" else 1
 
     def plain(self) -> dict[str, Any]:
         "The settings in JSON's types: one or several names become a list."
@@ -341,7 +353,7 @@ def latents_at(
     latents: Tensor,  # (B,C,h,w) clean
     timestep: int,    # to reach
     context: Tensor,  # (B,T,D) captions, which guide an inversion
-    settings: FeatureSettings,
+    settings: FeatureSettings,  # noise, trajectory and seed
 ) -> Tensor:          # (B,C,h,w) float32 latents as the U-Net should see them at `timestep`
     "Clean latents, noised, inverted, or left alone."
     clean = latents.float()
@@ -357,8 +369,8 @@ def maps_at(
     self: Backbone,
     latents: Tensor,   # (B,C,h,w) at `timestep`
     timestep: int,     # given to the denoiser
-    context: Condition,
-    settings: FeatureSettings,
+    context: Condition,  # (B,T,D) captions
+    settings: FeatureSettings,  # which maps are kept
 ) -> list[Tensor]:     # (B,C,h,w) each, lowest resolution first
     "The pyramid of one pass."
     family, latents = self.family, latents.to(self.dtype)
@@ -398,7 +410,7 @@ def read(
     self: Backbone,
     latents: Tensor,  # (B,C,h,w) clean
     context: Tensor,  # (B,T,D)
-    settings: FeatureSettings,
+    settings: FeatureSettings,  # time steps, noise, and which maps are kept
 ) -> list[Tensor]:    # (B,C,h,w) each, lowest resolution first
     "The pyramid of one batch that fits into memory."
     steps = check_timesteps(settings.timesteps, len(self.alphas))
@@ -410,6 +422,8 @@ def read(
         if settings.trajectory == "released":
             return self._read_released(latents, context, steps, settings)
         pyramids = [self.maps_at(self.latents_at(latents, t, context, settings), t, context, settings) for t in steps]
+        if settings.trajectory == "each":
+            return [m for level in zip(*pyramids, strict=True) for m in level]
         return [torch.stack(maps).mean(0) for maps in zip(*pyramids)]
 
 # %% ../nbs/library/10_backbone.ipynb #dc3d90ea
@@ -471,12 +485,13 @@ def features(
     batch_size: int | None = 32,                  # most images in one pass; halved when memory is short
     ddim_steps: int = 10,                         # steps of the inversion, for noise="ddim"
     value_range: ValueRange | None = None,        # of tensors, as for `images.image_batch`
-    combine: str | None = None,                   # of several time steps: "sequential", "mean", "stack" or "list"
+    combine: str | None = None,                   # of several time steps: "sequential", "mean", "each", "stack", "list"
 ) -> list[Tensor] | list[list[Tensor]]:           # (B,C,h,w) each, lowest resolution first; places of `taps` as listed
     """The feature maps of images under their captions. Of several time steps: one set of maps, read at the smallest on
-    the way down from the largest ("sequential") or averaged ("mean"); or one of each in the order given, as
-    (B,S,C,h,w) ("stack") or as S lists ("list"). Raises VermouthError if a side does not divide by `multiple`."""
-    each = combine in ("stack", "list")
+    the way down from the largest ("sequential") or averaged ("mean"); S maps of each level, the largest time step
+    first ("each"); or one of each in the order given, as (B,S,C,h,w) ("stack") or as S lists ("list").
+    Raises VermouthError if a side does not divide by `multiple`."""
+    apart = combine in ("stack", "list")
     if combine is not None:
         trajectory = COMBINES[choose("combine", combine, COMBINES)]
     settings = FeatureSettings(timesteps, stages, attention, noise, seed, trajectory, ddim_steps)
@@ -486,12 +501,12 @@ def features(
 
     def run(part: slice) -> list[Tensor]:
         latents, context = self._encode(pixels[part]), self._states(texts[part])
-        several = [replace(settings, timesteps=t) for t in as_names(settings.timesteps)] if each else [settings]
+        several = [replace(settings, timesteps=t) for t in as_names(settings.timesteps)] if apart else [settings]
         return [maps for one in several for maps in self.read(latents, context, one)]
 
     maps = in_batches(run, len(pixels), self._most(batch_size))
     check_finite(maps, f"backbone={self.name!r}: its features", _remedy(self.dtype))
-    return _by_timestep(maps, len(as_names(settings.timesteps)), combine) if each else maps
+    return _by_timestep(maps, len(as_names(settings.timesteps)), combine) if apart else maps
 
 # %% ../nbs/library/10_backbone.ipynb #519b6d95
 @patch
@@ -499,7 +514,7 @@ def features_from_latents(
     self: Backbone,
     latents: Tensor,              # (B,C,h,w) clean, as `encode_images` makes them; h and w multiples of 8
     context: Condition,           # (B,T,D) as `encode_text` makes them
-    settings: FeatureSettings = FeatureSettings(),
+    settings: FeatureSettings = FeatureSettings(),  # time steps, noise, and which maps are kept
     batch_size: int | None = 32,  # most of them in one pass; halved when memory is short
 ) -> list[Tensor]:                # (B,C,h,w) each, lowest resolution first
     "The pyramid from stored latents and hidden states. Raises VermouthError for shapes that do not fit."
@@ -528,6 +543,17 @@ def feature_dims(
     "Channels of what `features` will return, without running anything. Raises VermouthError for an unknown place."
     height, width = size if isinstance(size, (tuple, list)) else (size, size) if size else self.native_size
     return self.family.dims(stages, attention, (height // self.factor, width // self.factor))
+
+# %% ../nbs/library/10_backbone.ipynb #7e2bcaa4
+@patch
+def dims(
+    self: Backbone,
+    settings: FeatureSettings,                  # whose stages, attention and time steps count
+    size: int | tuple[int, int] | None = None,  # as for `feature_dims`
+) -> list[int]:                                 # in the order of the maps
+    "Channels of every map that `features` returns under these settings. Raises VermouthError for an unknown place."
+    levels = self.feature_dims(settings.stages, settings.attention, size)
+    return [channels for channels in levels for _ in range(settings.times)]
 
 # %% ../nbs/library/10_backbone.ipynb #0dab501a
 @patch
@@ -571,8 +597,8 @@ def load_backbone(
     dtype: str | torch.dtype = "float32",      # "float32", "bfloat16", "float16"; "auto": the faster of the first two
     revision: str | None = None,               # branch, tag or commit of a hub id
     variant: str | None = None,                # weights of another name, as "fp16", which is found by itself
-    unet: str | Path | None = None,            # another U-Net in this checkpoint: folder, file of weights, or hub id
-    lora: str | Path | Sequence[str | Path] | None = None,  # files, folders, hub ids; added to U-Net and text encoder
+    unet: str | Path | None = None,            # another denoiser in this checkpoint: folder, file of weights, or hub id
+    lora: str | Path | Sequence[str | Path] | None = None,  # files, folders, hub ids; added to denoiser, text encoders
     offload: bool = False,  # weights stay in main memory; one block at a time is moved to the device, for large models
 ) -> Backbone:
     "The frozen backbone of a checkpoint. Raises VermouthError if its parts are missing, damaged or of another model."
@@ -591,24 +617,25 @@ def load_backbone(
 @patch
 def randomized(
     self: Backbone,
-    seed: int = 0,  # of the new weights
-) -> Backbone:      # shares the VAE and the text encoder
-    "The same backbone with a U-Net of random weights, as a baseline."
+    seed: int = 0,  # of the new weights, drawn as diffusers initialises its models; torch's own seed is left alone
+) -> Backbone:      # a new one, on this device and in this dtype; it shares all parts but the denoiser
+    "A backbone whose U-Net or transformer has random weights of the same layout, as a baseline. This one stays."
     denoiser: Any = self.family.denoiser
+    kind = "U-Net" if self.family.kind.denoiser == "unet" else "transformer"
     config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = build_model(type(denoiser).__name__, config)
     parts: dict[str, Any] = self.family.parts | {self.family.kind.denoiser: fresh}
     return Backbone.from_components(
-        **parts, device=self.device, dtype=self.dtype, name=f"{self.name}, random U-Net {seed}"
+        **parts, device=self.device, dtype=self.dtype, name=f"{self.name}, random {kind} {seed}"
     )
 
 # %% ../nbs/library/10_backbone.ipynb #513db0ee
 def random_backbone(
     size: str = "sd1",                         # one of `families.adapters.SIZES`
     device: str | torch.device | None = None,  # None leaves it on the CPU
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype = "float32",      # of weights and activations
     seed: int = 0,                             # of the weights
     width: int = 1,                            # divides all channels: 1, 2, 4 or 8
 ) -> Backbone:

@@ -335,7 +335,7 @@ _LORA_PREFIXES = {
     "text_encoder_": "text_encoder",
     "lora_unet_": "unet",
     "base_model_model_unet_": "unet",
-    "base_model_model_": "unet",
+    "base_model_model_": "",  # the denoiser, whichever it is
     "unet_": "unet",
 }
 
@@ -356,6 +356,24 @@ def _lora_alpha(
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise VermouthError(f"{what}: its lora_alpha is {alpha!r}. Pass a LoRA whose settings hold a number.")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+# %% ../nbs/library/07_checkpoint.ipynb #cea62bc7
+_OLD_BLOCK = re.compile(r"(input|output)_blocks_(\d+)_1_|middle_block_1_")
+
+
+def _diffusers_blocks(
+    layer: str,  # without dots, in the original code's or in diffusers' spelling
+) -> str:        # in diffusers' spelling
+    "The attention blocks of a U-Net by diffusers' numbers: three of the original code's blocks are one of diffusers'."
+    old = _OLD_BLOCK.match(layer)
+    if not old:
+        return layer
+    where, number = old[1], int(old[2] or 0)
+    new = "mid_block_attentions_0_"
+    if where:
+        name, i = ("down", number - 1) if where == "input" else ("up", number)
+        new = f"{name}_blocks_{i // 3}_attentions_{i % 3}_"
+    return new + layer.removeprefix(old[0])
 
 # %% ../nbs/library/07_checkpoint.ipynb #fa0ce502
 def _lora_settings(
@@ -383,6 +401,7 @@ def _lora_settings(
 def _read_lora(
     what: str,   # begins the message
     path: Path,  # of the file
+    denoiser: str = "unet",  # the part that layers without a part's name belong to
 ) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
     "The pairs of matrices in one file. Raises VermouthError for additions of another form."
     tensors, settings = load_file(path), _lora_settings(what, path)
@@ -399,7 +418,8 @@ def _read_lora(
         layer = pair[1] if pair else re.sub(r"(\.lora)?\.alpha$", "", name)
         layer = layer.replace(".", "_").replace("_processor_", "_")  # in any of the trainers' spellings
         prefix = next((p for p in _LORA_PREFIXES if layer.startswith(p)), "")
-        key = _LORA_PREFIXES.get(prefix, "unet"), layer.removeprefix(prefix).removeprefix("text_model_")
+        part = _LORA_PREFIXES.get(prefix) or denoiser
+        key = part, _diffusers_blocks(layer.removeprefix(prefix).removeprefix("text_model_"))
         halves[key][{"A": "down", "B": "up"}.get(pair[2], pair[2]) if pair else "alpha"] = x
     pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {part: {} for part in _PARTS}
     for (part, layer), half in halves.items():
@@ -461,6 +481,7 @@ def _find_overlay(
 # %% ../nbs/library/07_checkpoint.ipynb #8c9c8a4f
 def find_lora(
     name: str | Path,  # file, folder, or hub id
+    denoiser: str = "unet",  # or "transformer"
 ) -> LowRank:
     "A LoRA by name. Raises VermouthError if it is missing, pickled or of another form."
     what, files_wanted = f"lora={str(name)!r}", ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -473,24 +494,25 @@ def find_lora(
     if len(known) > 1:
         raise VermouthError(f"{what}: holds {len(known)} files, {', '.join(p.name for p in known[:3])}. Name one.")
     try:
-        return LowRank(str(name), file_digest(known[0]), _read_lora(what, known[0]))
+        return LowRank(str(name), file_digest(known[0]), _read_lora(what, known[0], denoiser))
     except (OSError, SafetensorError) as error:
         raise VermouthError(f"{what}: cannot be read ({_reason(error)}). Fetch it again.") from error
 
 # %% ../nbs/library/07_checkpoint.ipynb #d3fddba0
 def find_unet(
     name: str | Path,            # file of weights, folder with or without config.json, or hub id
-    base: Path,                  # the U-Net's folder in the checkpoint
+    base: Path,                  # the denoiser's folder in the checkpoint, as unet/ or transformer/
     variant: str | None = None,  # as "fp16"
+    part: str = "unet",          # or "transformer"
 ) -> tuple[Path, Path]:          # folder or file of the weights; folder of their config.json
-    "Another U-Net by name: its own configuration where it has one, else the checkpoint's. Raises VermouthError."
-    stems = [f"{place}diffusion_pytorch_model{end}" for place in ("", "unet/") for end in (f".{variant}", "")]
+    "Another denoiser by name: its own configuration where it has one, else the checkpoint's. Raises VermouthError."
+    stems = [f"{place}diffusion_pytorch_model{end}" for place in ("", f"{part}/") for end in (f".{variant}", "")]
     weights = [stem + rest for stem in stems for rest in (".safetensors", "-*.safetensors")]
-    place = _find_overlay("unet", str(name), ["config.json", "unet/config.json", *weights])
+    place = _find_overlay("unet", str(name), ["config.json", f"{part}/config.json", *weights])
     if place.is_file():
         return place, base
-    if not (place / "config.json").is_file() and (place / "unet").is_dir():
-        place = place / "unet"
+    if not (place / "config.json").is_file() and (place / part).is_dir():
+        place = place / part
     if not weight_files(place, variant):
         raise VermouthError(f"unet={str(name)!r}: no safetensors weights in it; pickled ones are not read. Convert it.")
     return place, place if (place / "config.json").is_file() else base
@@ -740,22 +762,24 @@ def load_tokenizer(
         raise VermouthError(f"{what} cannot be read ({_reason(error)}). Fetch it again.") from error
 
 # %% ../nbs/library/07_checkpoint.ipynb #599b6042
-def _load_unet(
+def _load_denoiser(
     folder: Path,              # of the checkpoint
     dtype: torch.dtype,
     variant: str | None,
-    name: str | Path | None,   # of another U-Net
+    name: str | Path | None,   # of another one
     lora: Sequence[LowRank],
     kind: Kind = _SD,
 ) -> Any:
-    "The U-Net of a checkpoint, or another one over it."
-    gap = "" if name is None else " "
+    "The U-Net or transformer of a checkpoint, or another one over it."
+    gap, part = "" if name is None else " ", kind.denoiser
     if name is None:
-        what, place, paths = f"name={str(folder)!r}: unet/", folder / "unet", _part_files(folder, "unet", variant)
+        what, place, paths = f"name={str(folder)!r}: {part}/", folder / part, _part_files(folder, part, variant)
     else:
-        weights, place = find_unet(name, folder / "unet", variant)
+        weights, place = find_unet(name, folder / part, variant, part)
         what, paths = f"unet={str(name)!r}:", [weights] if weights.is_file() else weight_files(weights, variant)
     config = read_json(place / "config.json", f"{what}{gap}config.json")
+    if part != "unet":
+        return read_part(what, paths, part, config, dtype, lora, kind)
     sides = config.get("sample_size") or 64  # latents; of several sides the smaller one
     config = config | {"sample_size": min(sides) if isinstance(sides, (list, tuple)) else sides}
     model: Any = read_part(what, paths, "unet", config, dtype, lora, kind)
@@ -768,15 +792,11 @@ def _last(name: str | Path) -> str:
     return Path(name).resolve().name if Path(name).exists() else str(name)
 
 # %% ../nbs/library/07_checkpoint.ipynb #24f4c71e
-def _check_overlays(
-    kind: Kind,
+def _check_loras(
     weights: Sequence[str],       # parts that are loaded
-    unet: str | Path | None,
     loras: Sequence[LowRank],
 ) -> None:
-    "Raise VermouthError for a U-Net over another denoiser, and for a LoRA of a part that is not there."
-    if unet is not None and "unet" not in weights:
-        raise VermouthError(f"unet={str(unet)!r}: {kind.title} has a {kind.denoiser}. Leave unet= away.")
+    "Raise VermouthError for a LoRA of a part that is not there."
     for lora in loras:
         if strange := [part for part, pairs in lora.pairs.items() if pairs and part not in weights]:
             raise VermouthError(
@@ -790,8 +810,8 @@ def load_parts(
     dtype: torch.dtype,                     # of the weights
     revision: str | None = None,            # of a hub id
     variant: str | None = None,             # as "fp16"
-    unet: str | Path | None = None,         # another U-Net than the checkpoint's
-    lora: str | Path | Sequence[str | Path] | None = None,  # one or several, added to U-Net and text encoder
+    unet: str | Path | None = None,         # another U-Net than the checkpoint's, or another transformer
+    lora: str | Path | Sequence[str | Path] | None = None,  # one or several, added to denoiser and text encoders
 ) -> tuple[dict[str, Any], list[str]]:      # arguments of `Backbone.from_components`; digests of the overlays
     "The parts of a checkpoint with its overlays. Raises VermouthError if one is missing, damaged or does not fit."
     folder, lora = locate(name, revision, variant), [lora] if isinstance(lora, (str, Path)) else list(lora or ())
@@ -801,10 +821,10 @@ def load_parts(
     if variant and variant not in variants and unet is None:
         has = f"only {', '.join(sorted(variants))}" if variants else "no variants"
         raise VermouthError(f"variant={variant!r}: {name} has {has}. Leave variant= away, or pass one that it has.")
-    loras = [find_lora(one) for one in lora]
-    _check_overlays(kind, weights, unet, loras)
+    loras = [find_lora(one, kind.denoiser) for one in lora]
+    _check_loras(weights, loras)
     for part in weights:
-        if part != "unet" or unet is None:
+        if part != kind.denoiser or unet is None:
             _part_files(folder, part, variant)  # what is missing is said before anything is read
     parts: dict[str, Any] = {"scheduler": load_scheduler(folder, kind)}
     for part in (tokenizer_of(encoder) for encoder in kind.encoders if encoder in weights):
@@ -812,8 +832,8 @@ def load_parts(
     with no_loading_bars():
         for part in sorted(weights, key=lambda part: part == kind.denoiser):  # the largest last
             parts[part] = (
-                _load_unet(folder, dtype, variant, unet, loras, kind)
-                if part == "unet"
+                _load_denoiser(folder, dtype, variant, unet, loras, kind)
+                if part == kind.denoiser
                 else load_part(folder, part, dtype, variant, loras, kind)
             )
     if unet or lora:  # what a path leads to, not where it is

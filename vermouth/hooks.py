@@ -200,8 +200,8 @@ def table_dims(
 def pyramid_dims(
     widths: Sequence[int],  # the U-Net's block_out_channels
     tokens: int,            # length of the caption in tokens: channels of one attention map
-    stages: str | Iterable[str] = ("mid", "up"),
-    attention: str | Iterable[str] | None = ("up_cross",),
+    stages: str | Iterable[str] = ("mid", "up"),  # of the U-Net, whose maps are kept
+    attention: str | Iterable[str] | None = ("up_cross",),  # attention maps that are kept; None for none
     grid: tuple[int, int] | None = None,  # (height, width) of the latents, for self-attention
 ) -> list[int]:             # lowest resolution first
     "Return the channels of each level without running the U-Net. Raises VermouthError if the set does not fit it."
@@ -340,7 +340,7 @@ class MapProcessor:
         hidden_states: Tensor,                         # (B, h·w, D) features of the pixels: queries
         encoder_hidden_states: Tensor | None = None,   # (B,T,D) of the tokens: keys and values; None: of the pixels
         attention_mask: Tensor | None = None,          # (B,1,T) bias added to the scores
-        **kwargs,
+        **kwargs: Any,                                 # of other processors; must be empty or None
     ) -> Tensor:                                       # (B, h·w, D)
         own, mask = encoder_hidden_states is None, attention_mask
         encoder_hidden_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -440,10 +440,10 @@ if hasattr(os, "register_at_fork"):
 
 # %% ../nbs/library/03_hooks.ipynb #35f42292
 def find_in(
-    places: Mapping[str, Place],
-    names: Iterable[str],  # of places
-) -> dict[str, Place]:     # each once
-    "Return places by name. Raises VermouthError for a name that is not among them."
+    places: Mapping[str, Place],  # all of a denoiser, as its family lists them
+    names: Iterable[str],         # some of their names; and "….map" of any self-attention layer, which is not listed
+) -> dict[str, Place]:            # by name, each once, in the order of the names
+    "Return the named places of a denoiser. Raises VermouthError for a name that it does not have, with the nearest."
     # maps of self-attention are too large to be listed among the places of every U-Net
     layers = {name: place for name, place in places.items() if place.kind == "attention.self"}
     maps = {f"{name}.map": place._replace(kind="map", channels=-1) for name, place in layers.items()}
@@ -452,7 +452,7 @@ def find_in(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise VermouthError(f"stages={name!r}: no such place in this U-Net. Choose from those of taps().{hint}")
+            raise VermouthError(f"stages={name!r}: no such place in this denoiser. Choose from those of taps().{hint}")
         found[name] = known[name]
     return found
 
@@ -466,7 +466,7 @@ def map_names(
     layers = [name for name, p in places.items() if p.kind == f"attention.{kind}"]
     names = [f"{name}.map" for name in layers if name.startswith(f"{block}.")]
     if not names:
-        raise VermouthError(f"attention: {block} of this U-Net has no {kind}-attention. Pass attention=().")
+        raise VermouthError(f"attention: {block} of this denoiser has no {kind}-attention. Pass attention=().")
     return names
 
 # %% ../nbs/library/03_hooks.ipynb #51096f8e

@@ -59,7 +59,7 @@ class Targets(Protocol):
 
 # %% ../nbs/library/13_train.ipynb #424ed8c9
 class TensorFeatures:
-    "Feature maps in memory, with the interface of a store."
+    "Feature maps in memory, with the interface of a store. Raises VermouthError for levels of unequal length."
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ Sample = Callable[[list[int], int], list[int]]  # (list, k) → k of it in rando
 def mixed_batches(
     groups: np.ndarray,  # (n,) group of each image
     batch_size: int,     # images of a step, for the last one at most
-    sample: Sample,
+    sample: Sample,      # shuffles the positions of a group
 ) -> list[list[int]]:    # positions of each step's images; together all n
     "Return shuffled batches in each of which every group has its share, as far as it has enough images."
     members = [np.flatnonzero(groups == g).tolist() for g in np.unique(groups)]
@@ -130,7 +130,7 @@ def mixed_batches(
 def paired_batches(
     groups: np.ndarray,    # (n,) group of each image
     sizes: Sequence[int],  # images of each group in a step, in the order of the groups
-    sample: Sample,
+    sample: Sample,        # shuffles the positions of a group
 ) -> list[list[int]]:      # positions of each step's images
     "Return shuffled batches of fixed shares, until one group is used up. Raises VermouthError for other sizes."
     members = [np.flatnonzero(groups == g).tolist() for g in np.unique(groups)]
@@ -186,7 +186,7 @@ class Batches(DataLoader):
 def stratified_split(
     strata: Sequence,                # N hashables, as (label, group): each is split alike
     share: float = 0.2,              # held back for choosing the epoch; 0 for nothing
-    seed: int = 0,
+    seed: int = 0,                   # of the shuffle
 ) -> tuple[np.ndarray, np.ndarray]:  # indices to train on, indices held back
     "Split training images by stratum; each stratum keeps at least one image in training."
     rng, keep, held = np.random.default_rng(seed), [], []
@@ -254,7 +254,10 @@ class NameClassifier(nn.Module):
         self.classes: Tensor
         self.register_buffer("classes", classes)
 
-    def forward(self, *maps: Tensor) -> Tensor:  # (B,K) or (B,K,h',w') logits
+    def forward(
+        self,
+        *maps: Tensor,  # (B,C,h,w) each, lowest resolution first
+    ) -> Tensor:        # (B,K) or (B,K,h',w') logits
         return class_logits(self.head(list(maps)), self.classes, self.scale, self.temperature)
 
 # %% ../nbs/library/13_train.ipynb #7fb297ac
@@ -276,7 +279,7 @@ def train_head(
     targets: Sequence[int] | Tensor | Targets,  # N labels in 0 … K-1, or (N,H,W) masks of them
     classes: Tensor,                   # (K,D) unit vectors of the class names
     groups: np.ndarray | None = None,  # (N,) group of each image, drawn evenly into every batch; None for one group
-    epochs: int = 1,
+    epochs: int = 1,                   # over the training images
     batch_size: int = 64,              # images of a step
     lr: float = 1e-4,                  # the paper's; the highest of a cycle
     weight_decay: float = 5e-4,        # the paper's

@@ -212,9 +212,29 @@ def _levels(
                 nn.init.kaiming_normal_(module.weight)
     return levels
 
+# %% ../nbs/library/05_uhead.ipynb #57b35b39
+def _entering(
+    in_dims: Sequence[int],  # channels of the maps, lowest resolution first
+    times: int,              # maps of each level
+    arch: str,               # one of `ARCHS`
+) -> list[int]:              # one per level
+    "Return the channels that enter each level. Raises VermouthError for maps that do not stand side by side."
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise VermouthError(f"times={times!r}: pass the number of time steps, 1 or more.")
+    if times > 1 and ARCHS[arch].join != "mix":
+        raise VermouthError(
+            f"times={times}: {arch!r} takes one time step. Use arch='mix', or trajectory='sequential' or 'independent'."
+        )
+    if any(in_dims[i] != in_dims[i // times * times] for i in range(len(in_dims))) or len(in_dims) % times:
+        raise VermouthError(
+            f"times={times}: the {len(in_dims)} maps of {tuple(in_dims)} channels are not {times} of each level, side "
+            "by side. Pass them as trajectory='each' gives them."
+        )
+    return list(in_dims[::times])
+
 # %% ../nbs/library/05_uhead.ipynb #c414a15a
 class UHead(nn.Module):
-    "Fuse the maps of an image into one vector in the text space."
+    "Fuse the maps of an image into a vector in the text space. Raises VermouthError for sizes that make no head."
 
     def __init__(
         self,
@@ -225,27 +245,28 @@ class UHead(nn.Module):
         out_res: int = 4,                     # the last map is pooled to this side
         widths: Sequence[int] | None = None,  # channels after each level, lowest first; None = the paper's
         protocol: str = "ours",               # "paper" for the details of the released head
+        times: int = 1,                       # maps of each level, side by side: one for each time step; for "mix"
     ):
         super().__init__()
         self.protocol = choose("protocol", protocol, PROTOCOLS)
         self.arch, self.fuse, self.out_res = choose("arch", arch, ARCHS), choose("fuse", fuse, FUSES), out_res
-        self.in_dims, self.join = tuple(in_dims), ARCHS[arch].join
+        self.in_dims, self.join, self.times = tuple(in_dims), ARCHS[arch].join, times
         if not self.in_dims or min(self.in_dims) < 1:
             raise VermouthError(
                 f"in_dims={in_dims}: no channels. Pass the channels of each map, as `feature_dims` gives them."
             )
         if min(embed_dim, out_res) < 1:
             raise VermouthError(f"embed_dim={embed_dim}, out_res={out_res}: too small. Pass 1 or more.")
-        self.widths = _widths(arch, widths, len(self.in_dims))
+        entering = _entering(self.in_dims, times, arch)
+        self.widths = _widths(arch, widths, len(entering))
         levels = range(len(self.widths))  # 0 = lowest resolution
         self.order = list(levels[::-1] if fuse == "high2low" else levels)
-        entering = list(self.in_dims)
         if self.join == "concat":
             for before, level in zip(self.order, self.order[1:]):
                 entering[level] += self.widths[before]
         self.levels = _levels(entering, self.widths, ARCHS[arch], DETAILS[protocol])
         if self.join == "mix":
-            self.mixing = nn.Parameter(torch.zeros(len(self.widths)))  # whose softmax weighs the maps
+            self.mixing = nn.Parameter(torch.zeros(len(self.in_dims)))  # whose softmax weighs the maps
         self.pool = AttentionPool(self.widths[self.order[-1]], embed_dim, out_res, DETAILS[protocol].heads)
 
 # %% ../nbs/library/05_uhead.ipynb #d99758f1
@@ -257,16 +278,28 @@ def forward(
     "Return one vector per image."
     check_maps(features, self.in_dims)
     side, details = (self.out_res, self.out_res), DETAILS[self.protocol]
-    maps = [f.to(self.pool.position.dtype) for f in features[: len(self.widths)]]
+    maps = [f.to(self.pool.position.dtype) for f in features[: len(self.widths) * self.times]]
     if self.join in ("mean", "mix"):
-        levels = torch.stack([resize_maps(level(x), side, pool=details.pool) for level, x in zip(self.levels, maps)])
-        mixed = levels.mean(0) if self.join == "mean" else torch.einsum("l,lb...->b...", self.mixing.softmax(0), levels)
-        return self.pool(mixed)
+        each = [self.levels[i // self.times](x) for i, x in enumerate(maps)]
+        levels = torch.stack([resize_maps(x, side, pool=details.pool) for x in each])
+        if self.join == "mean":
+            return self.pool(levels.mean(0))
+        return self.pool(torch.einsum("l,lb...->b...", self.mixing.softmax(0), levels))
     first, *others = self.order
     x = self.levels[first](maps[first])
     for i in others:
         x = self.levels[i](torch.cat([maps[i], resize_maps(x, maps[i].shape[2:], pool=True)], dim=1))
     return self.pool(F.adaptive_avg_pool2d(x, side) if details.adaptive else resize_maps(x, side, pool=True))
+
+# %% ../nbs/library/05_uhead.ipynb #8590d205
+@patch
+def shares(
+    self: UHead,
+) -> Tensor:  # (T,L) sum 1: time steps, the largest first, by levels, the lowest resolution first
+    "Return how much each map counts in a mixture. Raises VermouthError for a head that does not mix."
+    if self.join != "mix":
+        raise VermouthError(f"arch={self.arch!r}: its maps have no shares. Use arch='mix'.")
+    return self.mixing.detach().softmax(0).unflatten(0, (-1, self.times)).T
 
 # %% ../nbs/library/05_uhead.ipynb #38551f05
 def pooled_maps(

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vermouth.backbone import Backbone, FeatureSettings, load_backbone, random_backbone
 from vermouth.core import VermouthError, frozen, pick_device, pick_dtype
 from vermouth.data.toybox import Toybox
-from vermouth.families.base import Condition
-from vermouth.hooks import tapped, unet_blocks
+from vermouth.families.base import Condition, Conditioning
+from vermouth.hooks import attention_levels, tapped, unet_blocks
 
 # %% ../../nbs/experiments/04_bench.ipynb #e7ca47a9
 class _KeepWeights:
@@ -49,12 +49,22 @@ class _KeepWeights:
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(self.weights[-1] @ value)))
 
 # %% ../../nbs/experiments/04_bench.ipynb #e679e8c2
+def _unet(bb: Backbone) -> Any:
+    "The U-Net that the references read. Raises VermouthError for a transformer."
+    if bb.family.kind.denoiser == "unet":
+        return bb.unet
+    raise VermouthError(
+        f"bb={bb.name!r}: {bb.family.title} has a transformer, and the references are ways to read a U-Net. "
+        "Pass a backbone with a U-Net, or measure our_way alone."
+    )
+
+
 @contextmanager
 def _all_kept(
     bb: Backbone,                  # its U-Net is left as it was found
 ) -> Iterator[tuple[dict, dict]]:  # block name → its output; attention layer → its weights, pass after pass
     "Keep everything that a full pass makes."
-    unet, outputs = bb.unet, {}
+    unet, outputs = _unet(bb), {}
     before = dict(unet.attn_processors)
     weights: dict[str, list[Tensor]] = {name: [] for name in before}
 
@@ -82,36 +92,46 @@ def _mean_map(
     ]
     return torch.stack(kept).mean(0).mT.unflatten(2, like.shape[-2:])
 
+# %% ../../nbs/experiments/04_bench.ipynb #046e3bf4
+def _zeros(condition: Condition) -> Condition:
+    "A condition of the same shapes that says nothing."
+    if isinstance(condition, Tensor):
+        return torch.zeros_like(condition)
+    extra = {name: torch.zeros_like(x) for name, x in condition.extra.items()}
+    return Conditioning(torch.zeros_like(condition.context), extra)
+
 # %% ../../nbs/experiments/04_bench.ipynb #2e35efd6
 def released_way(
     bb: Backbone,
     latents: Tensor,  # (B,C,h,w) noised
-    context: Tensor,  # (B,T,D) of the captions
+    context: Condition,  # of the captions, from `encode_text`
     timestep: int = 200,
     passes: int = 2,  # the first of them without a caption
 ) -> list[Tensor]:    # (B,C,h,w) each, mid + up with maps
-    "Reference (a): full passes, every attention map explicit and kept."
-    latents, context = latents.to(bb.dtype), context.to(bb.dtype)
+    "Reference (a): full passes, every attention map explicit and kept. Raises VermouthError for a transformer."
+    latents, context = latents.to(bb.dtype), context.to(bb.device, bb.dtype)
     with frozen(bb.device), _all_kept(bb) as (outputs, weights):
-        for hidden_states in [torch.zeros_like(context)] * (passes - 1) + [context]:
-            bb.unet(latents, timestep, encoder_hidden_states=hidden_states)
-    levels = [outputs["mid"]]
-    for name, block in (("up0", 1), ("up1", 2)):
-        levels.append(torch.cat([outputs[name], _mean_map(weights, block, outputs[name])], 1))
-    return [*levels, torch.cat([outputs["up2"], outputs["up3"]], 1)]
+        for condition in [_zeros(context)] * (passes - 1) + [context]:
+            bb.family.denoise(latents, timestep, condition)
+    *coarse, last, finest = [outputs[f"up{i}"] for i in range(len(bb.unet.up_blocks))]
+    levels = [outputs["mid"], *coarse, torch.cat([last, finest], 1)]
+    for i in attention_levels("up_cross", bb.family.table):  # those of the up block that starts at the level's size
+        levels[i] = torch.cat([levels[i], _mean_map(weights, i, levels[i])], 1)
+    return levels
 
 # %% ../../nbs/experiments/04_bench.ipynb #f7c4b79a
 def dift_way(
     bb: Backbone,
     latents: Tensor,  # (B,C,h,w) noised
-    context: Tensor,  # (B,T,D)
+    context: Condition,  # from `encode_text`
     timestep: int = 200,
     noises: int = 8,
     block: str = "up1",
 ) -> Tensor:          # (B,C,h,w)
-    "Reference (b): one pass with several noises per image, as far as one block."
-    with frozen(bb.device), tapped(bb.unet, [block]) as outputs:
-        bb.unet(latents.repeat(noises, 1, 1, 1), timestep, encoder_hidden_states=context.repeat(noises, 1, 1))
+    "Reference (b): one pass with several noises per image, as far as one block. Raises as (a)."
+    again = [*range(len(latents))] * noises
+    with frozen(bb.device), tapped(_unet(bb), [block]) as outputs:
+        bb.family.denoise(latents[again], timestep, context[again])
     return outputs[block].unflatten(0, (noises, -1)).mean(0)
 
 # %% ../../nbs/experiments/04_bench.ipynb #23dc281e
@@ -234,7 +254,7 @@ def benchmark(
     side: int = 256,                           # of the images in pixels
     batch: int = 1,                            # images at a time
     device: str | torch.device | None = None,  # None takes the best there is
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),  # each is measured
     width: int = 1,                            # divides all channels, for tests
     model: str = "",                           # a denoiser instead, as for `load_backbone`
     overlay: Mapping[str, Any] = {},           # over its weights: unet, lora, variant

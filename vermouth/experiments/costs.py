@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from vermouth.core import VermouthError, choose, write_atomic
-from vermouth.families.adapters import SIZES, family_of
+from vermouth.families.adapters import family_of, size_of
 from vermouth.families.base import Family, random_parts
 
 # %% ../../nbs/experiments/03_costs.ipynb #d1e1a84f
@@ -68,11 +68,11 @@ def images_read(
 # %% ../../nbs/experiments/03_costs.ipynb #40004f81
 @cache
 def _layout(
-    model: str,  # a published size
-) -> Family:     # whose models have no numbers
-    "The adapter of a published size. Raises VermouthError for an unknown one."
-    choose("model", model, SIZES)
-    return family_of(model)(random_parts(family_of(model), model, device="meta"))
+    size: str,  # a published one
+) -> Family:    # whose models have no numbers
+    "The adapter of a published layout. Raises VermouthError for an unknown size."
+    family = family_of(size)
+    return family(random_parts(family, size, device="meta"))
 
 
 # channels, and image pixels per pixel of the map
@@ -81,17 +81,25 @@ _EXPERTS = {"": (), "resnet18": ((512, 32), (256, 16), (128, 8))}
 # %% ../../nbs/experiments/03_costs.ipynb #7b943fa6
 def bytes_per_image(
     side: int,         # of the image, in pixels
-    stages: str | Iterable[str] = ("mid", "up"),
-    attention: str | Iterable[str] | None = ("up_cross",),
+    stages: str | Iterable[str] = ("mid", "up"),  # of the denoiser, whose maps are stored
+    attention: str | Iterable[str] | None = ("up_cross",),  # attention maps that are stored; None for none
     expert: str = "",  # "resnet18", or "" for none; its maps are stored, too
-    model: str = "sd1",  # a published size: "sd2.1", "sdxl", …
+    model: str = "sd1",  # a checkpoint's name on the hub, or a published size: "sd2.1", "sdxl", …
 ) -> int:
     "Half-precision bytes of one image's stored features."
-    family, latents = _layout(model), side // _layout(model).factor
+    family = _layout(size_of(model))
+    latents = side // family.factor
     dims = family.dims(stages, attention, (latents, latents))
     maps = [(c, latents >> scale) for c, scale in zip(dims, family.table.scales)]
     maps += [(c, side // stride) for c, stride in _EXPERTS[choose("expert", expert, _EXPERTS)]]
     return 2 * sum(channels * s * s for channels, s in maps)
+
+# %% ../../nbs/experiments/03_costs.ipynb #1736c677
+def parameters(
+    model: str,        # a checkpoint's name on the hub, or a published size
+) -> dict[str, int]:   # by part, the denoiser first; 2 bytes each in half precision, 4 in single
+    "How many weights each part of a model has. Raises VermouthError for an unknown name."
+    return {part: sum(p.numel() for p in m.parameters()) for part, m in _layout(size_of(model)).models.items()}
 
 # %% ../../nbs/experiments/03_costs.ipynb #b41fb1ef
 def hours(
@@ -115,7 +123,8 @@ def _costs(
     read = images_read(task, config)
     stored = (TRAINING[config["dataset"][0]] if _views(config) == 1 else 0) if task == "segmentation" else read
     expert = config.get("expert", "")
-    return read, stored, bytes_per_image(_SIDE[task], config["stages"], config["attention"], expert)
+    stages, attention, model = config["stages"], config["attention"], config.get("model", "sd1")
+    return read, stored, bytes_per_image(_SIDE[task], stages, attention, expert, model)
 
 # %% ../../nbs/experiments/03_costs.ipynb #0d4669cf
 def _header(

@@ -44,3 +44,35 @@ def family_of(
     "The family that a published size belongs to. Raises VermouthError for an unknown one."
     choose("size", size, SIZES)
     return next(family for family in ADAPTERS.values() if size in family.published)
+
+# %% ../../nbs/families/09_adapters.ipynb #bc8b8c53
+HUB = {
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "sd1",
+    "timbrooks/instruct-pix2pix": "sd1",
+    "SimianLuo/LCM_Dreamshaper_v7": "sd1",
+    "stabilityai/stable-diffusion-2-1": "sd2.1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2.1-base",
+    "stabilityai/stable-diffusion-2-inpainting": "sd2.1-base",
+    "stabilityai/stable-diffusion-2-depth": "sd2.1-base",
+    "stabilityai/sd-turbo": "sd2.1-base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "sdxl",
+    "stabilityai/sdxl-turbo": "sdxl-turbo",
+    "PixArt-alpha/PixArt-XL-2-512x512": "pixart-512",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "pixart-1024",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+}
+
+# %% ../../nbs/families/09_adapters.ipynb #4eb5097e
+def size_of(
+    model: str,  # a key of `HUB`, or one of `SIZES`
+) -> str:        # one of `SIZES`
+    "The published size of a checkpoint by its name. Raises VermouthError for a name that is not known."
+    return HUB.get(model) or choose("model", model, (*SIZES, *HUB))
