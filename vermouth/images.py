@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from numbers import Integral
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -66,7 +66,7 @@ def unread_kinds(
     names: Iterable[str],  # of files
 ) -> str:                  # "" if all images among them are of kinds that are read
     "Return a sentence that counts the images of kinds that are not read, and says what to do."
-    found = Counter(PurePath(name).suffix.lower() for name in names if not is_junk(PurePath(name).name))
+    found = Counter(os.path.splitext(name)[1].lower() for name in names if not is_junk(os.path.basename(name)))
     kinds = {suffix: count for suffix, count in sorted(found.items()) if suffix in UNREAD_SUFFIXES}
     if not kinds:
         return ""
@@ -117,10 +117,10 @@ class _Bytes(io.BytesIO):
         super().__init__(data)
         self.end = time.thread_time() + MAX_SECONDS
 
-    def read(self, *args: Any) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() > self.end:
             raise VermouthError(f"images: reading it takes more than {MAX_SECONDS} s. Save it anew.")
-        return super().read(*args)
+        return super().read(size)
 
 # %% ../nbs/library/01_images.ipynb #5670625a
 MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # among a JPEG's pixels, FF 00 and FF D0 … D7 are none
@@ -186,7 +186,7 @@ def _checked_header(data: bytes) -> Image.Image:
     return im
 
 # %% ../nbs/library/01_images.ipynb #647c6aa0
-class Room:
+class Budget:
     "A number of pixels that threads share. One that holds some must not take more: two could wait for each other."
 
     def __init__(self, pixels: int):
@@ -207,22 +207,22 @@ class Room:
 
 # %% ../nbs/library/01_images.ipynb #82111131
 LARGE_FILE = 2**24  # bytes
-_rooms: dict[str, Room] = {}
+_budgets: dict[str, Budget] = {}
 
 
-def _new_rooms() -> None:
-    _rooms.update(pixels=Room(MAX_PIXELS), files=Room(1))
+def _new_budgets() -> None:
+    _budgets.update(pixels=Budget(MAX_PIXELS), files=Budget(1))
 
 
-_new_rooms()
+_new_budgets()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_rooms)  # a thread that held some is not in the child
+    os.register_at_fork(after_in_child=_new_budgets)  # a thread that held some is not in the child
 
 # %% ../nbs/library/01_images.ipynb #c93e7e46
 @contextmanager
 def file_bytes(path: str | os.PathLike) -> Iterator[bytes]:
     "Give the bytes of a file, as `read_bytes`; while they are in use, no other thread gets those of another large one."
-    with _rooms["files"].take(int(os.stat(path).st_size > LARGE_FILE)):
+    with _budgets["files"].take(int(os.stat(path).st_size > LARGE_FILE)):
         yield read_bytes(path)
 
 # %% ../nbs/library/01_images.ipynb #3ebd9cdf
@@ -239,7 +239,7 @@ def open_image(
             yield im
         return
     im = _checked_header(source)
-    with _rooms["pixels"].take(im.width * im.height), im:
+    with _budgets["pixels"].take(im.width * im.height), im:
         if im.width * im.height > LARGE_IMAGE:  # freed memory goes back to the system
             with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no such function
                 ctypes.CDLL(None).malloc_trim(0)
@@ -342,7 +342,8 @@ def explained(
     except FileNotFoundError as e:
         raise VermouthError(f"{head}no such file. Check the path.") from e
     except UnidentifiedImageError as e:
-        raise VermouthError(f"{head}not an image Pillow can read. Convert it to PNG or JPEG.") from e
+        what = "not an image Pillow can read (empty, or of another kind)"
+        raise VermouthError(f"{head}{what}. Convert it to PNG or JPEG.") from e
     except VermouthError as e:
         raise VermouthError(f"{head}{str(e).removeprefix('images: ')}") from e
     except Exception as e:  # Pillow raises many types of exceptions for damaged bytes
@@ -614,7 +615,7 @@ def small_copy(im: Image.Image) -> Image.Image:
 def figure_image(
     figure: "Figure",                # closed afterwards
     path: str | Path | None = None,  # where to save it as PNG; None saves nothing
-    dpi: int = 80,                   # pixels per inch
+    dpi: int = 96,                   # pixels per inch; with 96 a point of type is a point on the page
     colours: int = 256,              # size of the palette
 ) -> Image.Image:
     "Return a matplotlib figure as a palette image, which Jupyter displays."

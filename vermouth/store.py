@@ -32,7 +32,6 @@ from vermouth.data.extraction import (
     make_plan,
     make_shards,
     store_key,
-    view_of,
 )
 from .images import ValueRange
 from .text import Captioner
@@ -60,7 +59,8 @@ class FeatureStore:
         arrow.check_expected(self.out, self.plan, expect or {})
         self.state, self.settings = arrow.read_state(self.out, self.plan), self.plan.settings
         self.files, self.views = self.state["_data_files"], tuple(self.settings["views"])
-        self.maps = {view: [i for i, name in enumerate(self.plan.maps) if view_of(name) == view] for view in self.views}
+        flip = [name.endswith("_flip") for name in self.plan.maps]
+        self.maps = {view: [i for i, x in enumerate(flip) if x == (view == "flip")] for view in self.views}
         self.shapes = [tuple(list(self.plan.maps.values())[i]) for i in self.maps["plain"]]  # (C,h,w) each
         self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
         self.opened: dict[int, tuple[pa.RecordBatch, list[np.ndarray]]] = {}
@@ -266,7 +266,7 @@ def extract(
     fit: str = "squash",  # or "crop": bicubic resize of the short side, then the middle; the aspect ratio is kept
     views: Sequence[str] = ("plain",),  # and "flip": from left to right, for `FeatureStore.batch(..., view="flip")`
     value_range: ValueRange | None = None,  # of items that are tensors, as for `images.image_batch`
-    **settings: Any,     # as for `Backbone.features`: timesteps, stages, attention, noise, seed, trajectory, ddim_steps
+    **settings: Any,     # fields of `FeatureSettings`: timesteps, stages, …; trajectory="each" keeps all time steps
 ) -> FeatureStore:       # None if `shard_of` is given and other shards are still missing
     "Store the features of many images. Raises VermouthError for a stale, foreign or busy folder and a full disk."
     items = checked(items, batch_size=batch_size, shard_size=1 if shard_size is None else shard_size)

@@ -202,19 +202,15 @@ class ShardWorker:
         self.backbone, self.captioner, self.expert = load()
         self.items, self.out, self.options = items, out, options
 
-    def make(self, shard: int, count: int) -> None:
-        "Make one shard of a store of `count`, if it is missing."
-        parts = {"captioner": self.captioner, "expert": self.expert}
-        extract(self.backbone, self.items, self.out, shard_of=(shard, count), **parts, **self.options)
-
     def do(self, task: tuple[int, int]) -> None:
-        "The same, for `over_workers`."
-        self.make(*task)
+        "Make one shard of a store of so many, if it is missing."
+        parts = {"captioner": self.captioner, "expert": self.expert}
+        extract(self.backbone, self.items, self.out, shard_of=task, **parts, **self.options)
 
 # %% ../../nbs/app/12_cluster.ipynb #e3f9a6ae
 def plan_store(worker: type[ShardWorker], *settings: Any) -> None:
     "Write the plan of a store, on a worker: a share beyond all shards makes none of them."
-    worker(*settings).make(2**40, 2**40 + 1)
+    worker(*settings).do((2**40, 2**40 + 1))
 
 # %% ../../nbs/app/12_cluster.ipynb #990c9497
 def extract_on_ray(
@@ -256,7 +252,7 @@ def index_on_ray(
     workers: int | None = None,  # how many load the model; None: one per GPU of the cluster, or one without GPUs
     gpus: float | None = None,   # of each worker; None: one where the cluster has GPUs
     batch_size: int = 32,        # photos of a task
-    model: Any = None,           # here, for what is said of it; None: `load` makes it
+    model: Any = None,           # here, for messages about it; None: `load` makes it
     **options: Any,              # of `build_index`
 ) -> Index:
     "The index of `build_index`, embedded by the workers of a Ray cluster. Raises VermouthError as `build_index` does."

@@ -106,9 +106,7 @@ SCHEMA = [
     "CREATE INDEX listing ON photos (path, size, mtime_ns, ctime_ns, sha256, reason)",
     "CREATE INDEX digests ON photos (sha256)",
 ]
-OURS = re.compile(
-    r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([0-9a-f]{64})|new)\.faiss|part-\d+-of-\d+"
-)
+OURS = re.compile(r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([0-9a-f]{64})|new)\.faiss")
 
 # %% ../../nbs/app/03_database.ipynb #39481115
 @contextmanager
@@ -307,13 +305,6 @@ def write_neighbours(out: Path, index: Any) -> str:  # the file's name
         os.fsync(f.fileno())
     os.replace(new, out / (name := f"neighbours-{file_digest(new)}.faiss"))
     return name
-
-# %% ../../nbs/app/03_database.ipynb #7f079ddb
-def remove_old(out: Path, settings: dict[str, Any]) -> None:
-    "Remove the files that do not count; a reader that has opened one keeps it."
-    for path in out.glob("neighbours-*"):
-        if path.name != settings["neighbours"]:
-            path.unlink(missing_ok=True)
 
 # %% ../../nbs/app/03_database.ipynb #c52aede5
 def all_vectors(db: sqlite3.Connection, settings: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .files import Entry, Photo, decode_photo, read_batches, read_photo, thumbnail
 from ..core import VermouthError
 from ..images import Images, small_copy
+from ..zoo.training import doubt
 
 # %% ../../nbs/app/15_embedding.ipynb #e0459ea3
 class SearchModel(Protocol):
@@ -117,4 +118,4 @@ def find_misfit(model: SearchModel, folder: str | Path, paths: Sequence[str]) ->
     for i in np.linspace(0, len(paths) - 1, min(len(paths), 32), dtype=int):
         with suppress(OSError, VermouthError):  # gone since it was read
             sample.append(small_copy(decode_photo(read_photo(folder, paths[i]))))
-    return model.misfit(sample) if sample else ""
+    return model.misfit(sample) or doubt(model, "embed") if sample else ""

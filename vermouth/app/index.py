@@ -131,8 +131,12 @@ def checksum(self: Index) -> str:  # 64 hexadecimal digits
 
 # %% ../../nbs/app/01_index.ipynb #3af2711f
 @patch
-def nearest_rows(self: Index, vector: np.ndarray, k: int) -> list[tuple[float, list]]:
-    "Return scores and rows of the k photos nearest to a vector (1,D), best first."
+def nearest_rows(
+    self: Index,
+    vector: np.ndarray,        # (1,D) float32 of length 1
+    k: int,                    # from 1; all if there are fewer
+) -> list[tuple[float, list]]: # inner product in [-1,1] and the row of the database
+    "Return the k photos nearest to a vector, best first. Raises VermouthError for another length."
     while True:
         settings, neighbours = self._state
         if vector.shape != (1, settings["dim"]) or not np.isfinite(vector).all():
@@ -190,13 +194,11 @@ def build_index(
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
     model = for_search(student_of(model) if fast else model)
     (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), _find_photos(folder)
-    if n > 1:
-        update.read_part(folder, out, model, photos[k::n], f"part-{k}-of-{n}", batch_size, quiet or k > 0)
+    embedded = update.read_share(folder, out, model, photos[k::n], batch_size, quiet or k > 0) if n > 1 else 0
     with database.connect(out, write=True, wait=n > 1) as db:
         settings, head = update.begin(db, out, folder, model)
         rows, before = update.known_photos(db, settings.get("last", 0))
         known = {row[3] for row in rows.values() if row[3]}
-        embedded = update.take_in(db, out, model, photos, rows, known)
         todo = [] if n > 1 else update.unread(photos, rows)
         batches = embed(todo) if embed else embed_photos(model, folder, todo, batch_size, known, quiet)
         embedded += sum(update.keep(db, found, rows, known) for found in batches)

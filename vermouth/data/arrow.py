@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -54,15 +55,15 @@ def rounded(
 
 # %% ../../nbs/data/07_arrow.ipynb #f26b2156
 class Hashed:
-    "An opened file that takes the sha256 of what is written to it."
+    "An opened file; a thread takes the sha256 of what is written to it."
 
     closed = False
 
-    def __init__(self, f: BinaryIO):
-        self.f, self.flush, self.sha256 = f, f.flush, hashlib.sha256()
+    def __init__(self, f: BinaryIO, thread: ThreadPoolExecutor):
+        self.f, self.flush, self.thread, self.sha256 = f, f.flush, thread, hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        self.sha256.update(data)
+        self.thread.submit(self.sha256.update, data)
         return self.f.write(data)
 
 # %% ../../nbs/data/07_arrow.ipynb #c4fbcfa6
@@ -74,8 +75,8 @@ def put(
     "Write a file whole, or not at all. Raises VermouthError if the disk refuses."
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as f:
-            write(hashed := Hashed(f))
+        with temporary.open("xb") as f, ThreadPoolExecutor(1) as thread:
+            write(hashed := Hashed(f, thread))
             f.flush()
             os.fsync(f.fileno())
         finished = path.with_name(path.name.format(hashed.sha256.hexdigest()))
@@ -232,9 +233,9 @@ def write_shard(
 ) -> None:
     "Write a shard whole, or not at all."
     schema, digests = features_of(plan).arrow_schema, [xxhash.xxh3_128() for _ in texts]
-    for i, digest in enumerate(digests):
-        for x in maps.values():
-            digest.update(x[i].view(torch.int16).numpy().data)
+    for x in maps.values():
+        for digest, bits in zip(digests, x.view(torch.int16).numpy(), strict=True):
+            digest.update(bits)
     rows = [(*row, digest.hexdigest()) for row, digest in zip(texts, digests, strict=True)]
     columns = [pa.array([row[j] for row in rows], pa.string()) for j in range(len(TEXTS))]
     columns += [nested(x, schema.field(name).type) for name, x in maps.items()]

@@ -130,11 +130,6 @@ def check_views(views: Sequence[str]) -> list[str]:
         raise VermouthError(f"views={names}: without 'plain'. Pass ('plain',) or ('plain', 'flip').")
     return [name for name in VIEWS if name in names]
 
-# %% ../../nbs/data/08_extraction.ipynb #4a7d5752
-def view_of(name: str) -> str:  # "plain" or "flip"
-    "Return the view of a stored map, as `level0` or `level0_flip`."
-    return "flip" if name.endswith("_flip") else "plain"
-
 # %% ../../nbs/data/08_extraction.ipynb #72265df6
 def _weights(name: str, digest: str) -> str:
     return f"{Path(name).name if Path(name).is_dir() else name} {digest}"  # a path would say where, not what
@@ -360,7 +355,6 @@ def make_shard(
 def make_shards(job: Job, missing: list[int], quiet: bool) -> None:
     "Make shards. One is written while the next is computed, in memory that is used again and again."
     numbers = [i for k in missing for i in job.plan.part(k)]
-    written: deque[Future] = deque()
     shapes = {name: (min(job.plan.shard_size, job.plan.items), *shape) for name, shape in job.plan.maps.items()}
     spare = deque({name: torch.empty(s, dtype=job.plan.dtype) for name, s in shapes.items()} for _ in range(2))
     with (
@@ -368,11 +362,10 @@ def make_shards(job: Job, missing: list[int], quiet: bool) -> None:
         tqdm(total=len(numbers), desc="features", unit="image", disable=quiet or not missing) as bar,
         ThreadPoolExecutor(1) as disk,
     ):
+        written: Future[Any] = disk.submit(int)  # nothing yet
         for k in missing:
             spare.rotate()
             shard = make_shard(job, k, results, spare[0], bar)
-            while written:
-                written.pop().result()
-            written.append(disk.submit(write_shard, job.out, job.plan, k, *shard))
-        while written:
-            written.pop().result()
+            written.result()
+            written = disk.submit(write_shard, job.out, job.plan, k, *shard)
+        written.result()

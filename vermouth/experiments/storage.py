@@ -10,7 +10,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vermouth.app import database, update
 from vermouth.app.files import Photo
-from vermouth.app.index import Index
+from vermouth.app.index import Index, build_index
 from vermouth.backbone import Backbone
 from vermouth.data.arrow import TEXTS, Plan, features_of, finish, nested, put_plan, write_shard
 from vermouth.data.toybox import Toybox
 from vermouth.experiments.bench import elapsed_seconds
 from vermouth.images import image_batch
 from vermouth.store import FeatureStore, extract
+from vermouth.train import Features, train_head
+from vermouth.uhead import UHead
 
 # %% ../../nbs/experiments/06_storage.ipynb #e6d098b3
 if TYPE_CHECKING:
@@ -71,30 +76,42 @@ def write_dataset(out: Path, plan: Plan, maps: dict[str, Tensor], by_hand: bool 
             os.fsync(f.fileno())
 
 # %% ../../nbs/experiments/06_storage.ipynb #3c83b96e
-def take_by_hand(dataset: "Dataset", rows: np.ndarray, shapes: dict[str, list[int]]) -> list[np.ndarray]:
+class Rows:
+    "Maps by number, as a store gives them, from a function that reads them."
+
+    def __init__(self, plan: Plan, items: int, batch: Callable[[Sequence[int]], list[Tensor]]):
+        self.shapes, self.items, self.batch = [tuple(shape) for shape in plan.maps.values()], items, batch
+
+    def __len__(self) -> int:
+        return self.items
+
+
+def take(rows: Sequence[int], dataset: "Dataset") -> list[Tensor]:
+    "Return maps (B,C,h,w) of rows of a dataset in the format `torch`."
+    return [*dataset[rows].values()]
+
+
+def take_by_hand(rows: Sequence[int], dataset: "Dataset", shapes: dict[str, list[int]]) -> list[Tensor]:
     "Return maps (B,C,h,w) of rows of a dataset in the format `arrow`."
-    table, levels = dataset[rows.tolist()], []
+    table, levels = dataset[rows], []
     for name, shape in shapes.items():
         values = table.column(name).combine_chunks()
         values = getattr(values, "storage", values)
         for _ in shape:
             values = values.flatten()
-        levels.append(values.to_numpy().reshape(len(rows), *shape))
+        levels.append(torch.from_dlpack(values).view(len(rows), *shape))
     return levels
 
 # %% ../../nbs/experiments/06_storage.ipynb #89c99ac7
-def ways_to_read(out: Path, plan: Plan) -> dict[str, Callable[[np.ndarray], Any]]:
-    "Return how each way reads rows as tensors or arrays, by the names of `WAYS`."
+def ways_to_read(out: Path, plan: Plan) -> dict[str, Features]:
+    "Return how each way reads rows, by the names of `WAYS`."
     from datasets import Dataset, concatenate_datasets
 
     files = [str(out / WAYS[1] / f"{k}.arrow") for k in plan.shards]
-    dataset, store = concatenate_datasets([Dataset.from_file(path) for path in files]), FeatureStore(out / WAYS[0])
+    dataset = concatenate_datasets([Dataset.from_file(path) for path in files])
     formatted, bare = dataset.with_format("torch", columns=[*plan.maps]), dataset.with_format("arrow")
-    return {
-        WAYS[0]: store.batch,
-        WAYS[1]: lambda rows: formatted[rows.tolist()],
-        WAYS[2]: lambda rows: take_by_hand(bare, rows, plan.maps),
-    }
+    ways = [partial(take, dataset=formatted), partial(take_by_hand, dataset=bare, shapes=plan.maps)]
+    return {WAYS[0]: FeatureStore(out / WAYS[0])} | {w: Rows(plan, plan.items, f) for w, f in zip(WAYS[1:], ways)}
 
 # %% ../../nbs/experiments/06_storage.ipynb #7418f473
 def _write_rates(out: Path, plan: Plan, maps: dict[str, Tensor], rounds: int) -> dict[str, float]:  # images/s
@@ -110,18 +127,49 @@ def _write_rates(out: Path, plan: Plan, maps: dict[str, Tensor], rounds: int) ->
     return best
 
 # %% ../../nbs/experiments/06_storage.ipynb #1ac694b5
-def _read_rates(out: Path, plan: Plan, rounds: int) -> dict[str, float]:  # images/s
+def train_on(features: Features, plan: Plan, items: int) -> None:
+    "Train a U-head on some images for one epoch, in shuffled batches."
+    head = UHead([shape[0] for shape in plan.maps.values()], 768)
+    classes = nn.functional.normalize(torch.randn(100, 768), dim=-1)
+    labels = [i % 100 for i in range(items)]
+    train_head(head, Rows(plan, items, features.batch), labels, classes, batch_size=32, held=0, quiet=True)
+
+
+def _read_rates(out: Path, plan: Plan, rounds: int) -> dict[str, dict[str, float]]:  # images/s by way and use
     "Read shuffled batches in every way, in turns, after a round that fills the system's cache."
-    order = np.random.default_rng(0).permutation(plan.items)
-    parts = np.split(order, range(plan.shard_size, plan.items, plan.shard_size))
-    some = {way: parts[:2] if way == WAYS[1] else parts for way in WAYS}  # its rate needs no more
-    ways = ways_to_read(out, plan)
-    best: dict[str, float] = {}
+    order = np.random.default_rng(0).permutation(plan.items).tolist()
+    parts: Any = [[order[i] for i in plan.part(k)] for k in plan.shards]
+    uses: dict[str, dict[str, tuple[Callable[[], Any], int]]] = {}
+    for way, features in ways_to_read(out, plan).items():
+        some = parts[:4] if way == WAYS[1] else parts  # its rate needs no more
+        load = partial(DataLoader, some, None, collate_fn=features.batch)
+        count, few = sum(map(len, some)), min(plan.items, 2 * plan.shard_size, 128)
+        uses[way] = {
+            "warm images/s": (partial(deque, load(), 0), count),
+            "two workers images/s": (partial(deque, load(num_workers=2, persistent_workers=True), 0), count),
+            "train_head images/s": (partial(train_on, features, plan, few), few),
+        }
+    best = {way: dict.fromkeys(works, 0.0) for way, works in uses.items()}
     for i in range(rounds + 1):
-        for way, read in ways.items():
-            took = elapsed_seconds(lambda: [read(rows) for rows in some[way]])  # noqa: B023
-            best[way] = max(best.get(way, 0), sum(map(len, some[way])) / took) if i else 0
+        for way, works in uses.items():
+            for use, (work, count) in works.items():
+                best[way][use] = max(best[way][use], count / elapsed_seconds(work)) if i else 0
     return best
+
+# %% ../../nbs/experiments/06_storage.ipynb #7be1c0d4
+def count_noticed(out: Path, plan: Plan, way: str, first: Tensor, tries: int = 10) -> int:
+    "Flip one bit of the first item's first map, again and again; return how often reading that item fails."
+    path, bits, rng = min((out / way).glob("*.arrow")), first.numpy().tobytes(), np.random.default_rng(0)
+    start, noticed = path.read_bytes().index(bits), 0
+    file = np.memmap(path, np.uint8, "r+")
+    for at, bit in zip(start + rng.integers(len(bits), size=tries), rng.integers(8, size=tries), strict=True):
+        file[at] ^= np.uint8(1 << bit)
+        try:
+            ways_to_read(out, plan)[way].batch([0])
+        except Exception:
+            noticed += 1
+        file[at] ^= np.uint8(1 << bit)
+    return noticed
 
 # %% ../../nbs/experiments/06_storage.ipynb #ed6bd8d7
 def measure_store(
@@ -130,7 +178,7 @@ def measure_store(
     items: int,              # images, a multiple of `shard`
     shard: int = 32,         # images of a file, and of a batch that is read
     rounds: int = 3,
-) -> list[dict[str, Any]]:   # way, write MB/s, warm images/s
+) -> list[dict[str, Any]]:   # way and its rates, and how many flipped bits it notices
     "Write and read the same maps with the store and with `datasets`, in turns."
     shapes = {f"level{i}": list(shape) for i, shape in enumerate(maps)}
     plan = Plan({"dtype": "float16", "views": ["plain"]}, [256, 256], shapes, items, shard)
@@ -139,8 +187,12 @@ def measure_store(
     megabytes = sum(m[0].numel() for m in values.values()) * 2 / 1e6
     (out := folder / "storage").mkdir()
     writing, reading = _write_rates(out, plan, values, rounds), _read_rates(out, plan, rounds)
+    noticed = {way: count_noticed(out, plan, way, values["level0"][0]) for way in WAYS}
     shutil.rmtree(out)
-    return [{"way": w, "write MB/s": megabytes * writing[w], "warm images/s": reading[w]} for w in WAYS]
+    return [
+        {"way": way, "write MB/s": megabytes * writing[way], **reading[way], "flipped bits noticed": noticed[way]}
+        for way in WAYS
+    ]
 
 # %% ../../nbs/experiments/06_storage.ipynb #b70b0113
 def extract_again(bb: Backbone, images: list[Any], side: int, batch: int) -> float:  # seconds
@@ -184,15 +236,20 @@ def crowds(count: int, dim: int, seed: int = 0) -> np.ndarray:  # (N,D) float32
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 # %% ../../nbs/experiments/06_storage.ipynb #28b81bde
-class Vectors:
-    "Stands for the model of an index whose vectors are given."
+class Pixels:
+    "Stands for the model of an index: its vectors are small copies of the photos, and cost nothing."
 
-    name, fingerprint = "given vectors", "0" * 16
+    name, fingerprint = "pixels", "0" * 16
+
+    def embed(self, images: Any) -> Tensor:  # (B,768)
+        "Return 16 × 16 pixels in three colours, as vectors of length 1."
+        pixels = [np.asarray(image.resize((16, 16)), np.float32) for image in images]
+        return nn.functional.normalize(torch.from_numpy(np.stack(pixels)).flatten(1) - 127.5, dim=1)
 
 # %% ../../nbs/experiments/06_storage.ipynb #bd31637e
 def write_index(out: Path, vectors: np.ndarray, exact: int = database.EXACT) -> None:
     "Write an index of photos that do not exist, with these vectors."
-    model, rows, known = Vectors(), dict[str, list](), set[str]()
+    model, rows, known = Pixels(), dict[str, list](), set[str]()
     with database.connect(out, write=True) as db:
         settings, head = update.begin(db, out, out / "photos", model)
         for i in range(0, len(vectors), 10_000):
@@ -226,3 +283,33 @@ def measure_index(
         seconds.append(elapsed_seconds(lambda: hits.extend(index.nearest_rows(query[None], len(truth)))))  # noqa: B023
         recall.append(np.mean([score >= truth[-1] - 1e-4 for score, _ in hits]))
     return {"search ms": 1000 * float(np.median(seconds)), "recall@10": float(np.mean(recall)), "open s": opened}
+
+# %% ../../nbs/experiments/06_storage.ipynb #4d0b82ee
+def draw_noise(path: Path, rng: np.random.Generator) -> None:
+    "Write a photo of 16 × 16 random pixels."
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+
+# %% ../../nbs/experiments/06_storage.ipynb #a91f5c37
+def measure_update(
+    folder: Path,         # "photos" and "photo-index" in it are made and removed
+    count: int = 20_000,  # photos
+    rounds: int = 3,
+) -> float:               # seconds of the fastest
+    "Index many photos; then delete 5, change 3, add 1, and index again."
+    photos, out, model, rng = folder / "photos", folder / "photo-index", Pixels(), np.random.default_rng(0)
+    photos.mkdir()
+    for i in range(count):
+        draw_noise(photos / f"{i:06}.png", rng)
+    build_index(photos, out, model, 512, quiet=True)
+    taken = []
+    for i in range(rounds):
+        names = sorted(photos.iterdir())
+        for path in names[:5]:
+            path.unlink()
+        for path in (*names[-3:], photos / f"new{i}.png"):
+            draw_noise(path, rng)
+        taken.append(elapsed_seconds(lambda: build_index(photos, out, model, quiet=True)))
+        assert len(Index(out)) == count - 4 * (i + 1)
+    for made in (photos, out):
+        shutil.rmtree(made)
+    return min(taken)
