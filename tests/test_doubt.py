@@ -65,15 +65,28 @@ def test_a_model_that_learned_nothing_says_so(metrics, said):
     assert ("its answers are guesses" in note) == said
 
 
-def test_an_index_of_vectors_that_are_all_alike_says_so(tmp_path):
+class Bare:
+    "Another model's vectors, and nothing else of it."
+
+    name, fingerprint = "bare", "0" * 16
+
+    def __init__(self, model):
+        self.embed = model.embed
+
+
+def test_an_index_of_an_untrained_network_says_so(tmp_path):
     for i, item in enumerate(Toybox("photo", split="all", n=12)):
         (tmp_path / "photos").mkdir(exist_ok=True)
         item.image.save(tmp_path / f"photos/{i}.png")
     untrained = PyramidEmbedder(random_backbone("sd1", "cpu", width=8), size=64)
-    index = build_index(tmp_path / "photos", tmp_path / "idx", untrained, quiet=True)
-    assert "network without trained weights; hits are at random" in index.misfit
-    known = build_index(tmp_path / "photos", tmp_path / "known", PARTS["expert"](), quiet=True)
-    assert known.misfit == ""
+    said = {
+        model: build_index(tmp_path / "photos", tmp_path / str(i), model, quiet=True).misfit
+        for i, model in enumerate([untrained, Bare(untrained), PARTS["expert"](), PARTS["pyramid"]()])
+    }
+    no_denoiser, alike, *known = said.values()
+    assert "takes no noise out of a picture, as a network without trained weights" in no_denoiser
+    assert "any two of the photos are alike to it" in alike
+    assert known == ["", ""]
 
 
 def test_an_expert_whose_maps_overflow_is_refused():

@@ -78,6 +78,22 @@ def test_commands_without_a_denoiser_import_no_large_library(tmp_path):
     assert ended == [f"{command} 0 []" for command in commands if command[0] != "train"], run.stderr[-3000:]
 
 
+def test_words_need_no_compiler(tmp_path):
+    "CLIP is open_clip's, which imports transformers; torch's compiler would take as long again."
+    write_photos(tmp_path / "photos", 4)
+    photo = "photos/0/00.png"
+    commands = [
+        ["index", "photos", "--out", "idx", "--model", "clip:toybox"],
+        ["search", "idx", "a photo of a duck"],
+        ["classify", photo, "--names", "cat,duck", "--model", "clip:toybox"],
+    ]
+    given = {"input": json.dumps(commands), "cwd": tmp_path, "capture_output": True, "text": True}
+    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
+    ended = [line for line in run.stderr.splitlines() if line.startswith("['")]
+    assert run.returncode == 0 and len(ended) == 3, run.stderr[-3000:]
+    assert not [line for line in ended if "torch._dynamo" in line or "diffusers" in line], ended
+
+
 def test_importing_the_package_is_quick():
     code = "import time; t = time.perf_counter(); import vermouth; print(time.perf_counter() - t)"
     best = min(

@@ -18,6 +18,7 @@ from .files import over_images
 from ..core import VermouthError, write_atomic
 from ..images import read_image, small_copy
 from ..zoo.embedders import rejection_threshold
+from ..zoo.training import doubt
 
 # %% ../../nbs/app/14_answers.ipynb #86bb8274
 def some_images(
@@ -51,6 +52,7 @@ def fit_note(
     model: Any,             # from `open_model`
     images: Sequence[Any],  # a sample
     chosen: bool = False,   # by auto, not by name
+    asked: str = "",        # "classify" or "segment": whether what answers was trained at all
 ) -> str:                   # what to say before any result; empty if there is nothing to say
     "Return why the images do not fit the model. Raises VermouthError if they do not and the model was chosen by auto."
     note = model.misfit(images) if images else ""
@@ -62,7 +64,7 @@ def fit_note(
         )
     if guess and not note:
         return f"model: its training reached {guess}: its answers are guesses. Train it on another --model."
-    return note
+    return note or (doubt(model, asked) if asked else "")
 
 # %% ../../nbs/app/14_answers.ipynb #e773a814
 def split_names(names: str) -> list[str] | None:
@@ -92,9 +94,9 @@ NONE = "none of these"
 # %% ../../nbs/app/14_answers.ipynb #5573d6e1
 def classify_files(
     model: Any,                # from `open_model`
-    paths: Sequence[Path],
+    paths: Sequence[Path],     # image files
     names: Sequence[str] | None = None,  # None takes the classes that the model was trained on
-    batch_size: int = 32,
+    batch_size: int = 32,      # images at a time
     reject: float = 0.0,       # share of images of known classes that may be rejected; 0 rejects none
 ) -> tuple[list[dict], list[tuple[str, str]]]:  # image, name, probabilities; what was skipped, and why
     "Return names for images in files. Raises VermouthError if none can be read, or nothing calibrates a rejection."

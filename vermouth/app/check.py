@@ -30,7 +30,7 @@ from ..images import is_image_name, open_image, read_image
 class Verdict:
     "What `check` has found."
 
-    path: str
+    path: str                                           # of the folder or file that was looked at
     kind: str                                           # "checkpoint", "masks", …; "unknown" for none
     about: str = ""                                     # what is in it
     commands: list[str] = field(default_factory=list)   # what to type next
@@ -110,7 +110,7 @@ def _model(path: Path) -> Found:
 
 # %% ../../nbs/app/10_check.ipynb #25ded97b
 # by the width of the text that a U-Net reads
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_WIDTHS: dict[int | None, str] = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 # %% ../../nbs/app/10_check.ipynb #fbb407b7
 def _checkpoint(path: Path) -> Found:
@@ -506,7 +506,7 @@ def _first_that_loads(found: Sequence[tuple[str, str, Path]]) -> Found:
 def check(
     path: str | Path,  # a checkpoint, other weights, a data set, masks, photos, a store or an index
 ) -> Verdict:
-    "What a file or folder is, and whether Vermouth can use it."
+    "Return what a file or folder is, and what can be done with it. Raises VermouthError if it is not there."
     path, verdict = Path(path), Verdict(str(path), "unknown")
     shipped = Path(str(files("vermouth"))) / path
     if not path.exists() and (shipped / "model_index.json").is_file():
@@ -523,6 +523,6 @@ def check(
             verdict.problems.append(str(e))
         except OSError as e:
             verdict.problems.append(f"path={str(path)!r}: cannot be read ({e.strerror or e}). Check its permissions.")
-    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    verdict.warnings = list(dict.fromkeys(told))
+    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    verdict.warnings = list(dict.fromkeys(messages))
     return verdict

@@ -6,6 +6,8 @@
 __all__ = ['app']
 
 # %% ../../nbs/app/08_cli.ipynb #092b0ee9
+import atexit
+import gc
 import inspect
 import json
 import os
@@ -37,6 +39,19 @@ def _prepare_streams() -> None:
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+# %% ../../nbs/app/08_cli.ipynb #c8150dbd
+def _collect_rarely() -> None:
+    "Let Python look for unused cycles every 10,000 objects instead of 700, and not at the program's end."
+    gc.set_threshold(10_000)
+    atexit.unregister(_keep_all)  # once, however many commands one process runs
+    atexit.register(_keep_all)
+
+
+def _keep_all() -> None:
+    "Leave all objects to the end of the process."
+    if "triton" not in sys.modules:  # it would report its own as leaked
+        gc.freeze()
+
 # %% ../../nbs/app/08_cli.ipynb #2f611dc8
 _RESUMED = ("extract", "index", "run", "train")  # commands that keep what is finished
 
@@ -64,8 +79,9 @@ def _ending(
 class _Command(TyperCommand):
     "A command that ends with a sentence and an exit code where Python would print a traceback."
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # the only context there is
         _prepare_streams()
+        _collect_rarely()
         before = warnings.formatwarning
         try:
             from vermouth.core import keep_freed_memory, printable
@@ -246,7 +262,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 class _PairCommand(_Command):
     "A command whose `-p NAME VALUE` is read as `-p NAME=VALUE`."
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         words, joined = iter(args), []
         for word in words:
             joined.append(word)
@@ -493,7 +509,7 @@ def index(
 
     choose("engine", engine or "ray", ["ray"])
     load = partial(_load_model, model, device, dtype, fetch, False, overlay, fast)
-    network, options = load(), {"batch_size": batch_size, "quiet": as_json}
+    network, options = load(), dict[str, Any](batch_size=batch_size, quiet=as_json)
     with redirect_stdout(sys.stderr):
         if engine:
             on_ray = import_module("vermouth.app.cluster").index_on_ray
@@ -502,7 +518,7 @@ def index(
             made = build_index(folder, out, network, shard_of=job_share(shard_of), **options)
     if made is None:
         return _finish({"index": str(out), "complete": False}, [f"{out}: other photos are still missing"], as_json)
-    _say(network, made.misfit if as_json else "")  # else the report has said it
+    _say(network, made.misfit if as_json else "")  # else the report has printed it
     checksum = made.settings["checksum"]
     document = {"index": str(out), **made.changes, "how": made.how, "checksum": checksum, "set_aside": made.skipped}
     document |= {"model": network.name, "warning": made.misfit or None}
@@ -575,7 +591,7 @@ def classify(
 
     class_names, paths = split_names(names), image_paths(images, sys.stdin)
     network = _load_model(model, device, fetch=fetch, words=True, overlay=overlay)
-    note = fit_note(network, some_images(paths), chosen=model == "auto")
+    note = fit_note(network, some_images(paths), model == "auto", "classify")
     results, skipped = classify_files(network, paths, class_names, batch_size, reject)
     lines = []
     for result in results:
@@ -660,8 +676,8 @@ def segment(
     network = _load_model(model, device, fetch=fetch, words=True, overlay=overlay)
     class_names = class_names or mask_names(network)
     check_mask(len(class_names), out)
+    note = fit_note(network, [picture], model == "auto", "segment")
     check_names(network, class_names)
-    note = fit_note(network, [picture], chosen=model == "auto")
     labels = network.segment(picture, class_names, short=short)
     write_mask(labels, len(class_names), out)
     share = {name: round(float((labels == i).mean()), 4) for i, name in enumerate(class_names)}
@@ -761,10 +777,16 @@ def info(as_json: _Json = False) -> None:
     _finish(found, _table(["", "", ""], rows), as_json)
 
 # %% ../../nbs/app/08_cli.ipynb #f1403a98
+_SIZES = (
+    "Whose size the random model has: sd1, sd2.1, sd2.1-base, sdxl, sdxl-turbo, pixart-512, pixart-1024, pixart-sigma, "
+    "sd3-medium, sd3.5-medium, sd3.5-large, flux-dev, flux-schnell."
+)
+
+
 @app.command(cls=_Command)
 @_overlaid
 def bench(
-    size: Annotated[str, typer.Option(help="Whose size the random model has: sd1, sd2.1, sd2.1-base.")] = "sd1",
+    size: Annotated[str, typer.Option(help=_SIZES)] = "sd1",
     model: Annotated[
         str, typer.Option(help="A denoiser instead: 'toybox', a folder, or a name on the hub.", show_default=False)
     ] = "",
@@ -778,12 +800,12 @@ def bench(
     device: _Device = "",
     as_json: _Json = False,
 ) -> None:
-    """Images per second with a model of Stable Diffusion's size and random weights, or with a denoiser, and the share
+    """Images per second with a model of a published size and random weights, or with a denoiser, and the share
     of what this machine can do."""
     from vermouth.experiments.bench import benchmark
 
-    options = {"model": model, "overlay": overlay}
-    rows = benchmark(size, side, batch, device or None, tuple(dtype or ("float32", "bfloat16")), width, **options)
+    dtypes = tuple(dtype or ("float32", "bfloat16"))
+    rows = benchmark(size, side, batch, device or None, dtypes, width, model, overlay)
     cells = []
     for row in rows:
         speed = [f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}", f"{row['share']:.0%}"]

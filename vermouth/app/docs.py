@@ -314,8 +314,11 @@ def _methods(
     tree: ast.Module,
     name: str,  # of a class
 ) -> dict[str, ast.FunctionDef]:
-    "A class's public methods, those patched on included, by name."
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    "A class's public methods, those of a private base and those patched on included, by name."
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = [ast.unparse(base) for base in classes[name].bases]
+    private = [classes[base] for base in bases if base.startswith("_") and base in classes]
+    body = [inner for node in (*private, classes[name]) for inner in node.body]
     patched = [
         node
         for node in tree.body

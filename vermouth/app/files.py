@@ -73,13 +73,14 @@ def photos_below(
 
     for parent, folders, files in os.walk(root, onerror=closed):
         folders[:] = [f for f in folders if not is_junk(f)]
+        below = os.path.relpath(parent, root).replace(os.sep, "/") + "/"
         others += files
         for file in folders + [f for f in files if is_image_name(f)]:
             path = os.path.join(parent, file)
             try:
                 found = os.lstat(path)
                 if stat.S_ISREG(found.st_mode):
-                    relative = Path(path).relative_to(root).as_posix()
+                    relative = below.removeprefix("./") + file
                     photos.append(Photo(relative, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
                 elif reason := _skip_reason(path, root, found.st_mode):
                     skip(path, reason)
@@ -360,7 +361,7 @@ def _image_batches(
 # %% ../../nbs/app/00_files.ipynb #0eb10c08
 def over_images(
     do: Callable[[list[Image.Image]], Iterable[Answer]],       # images → one answer each
-    paths: Sequence[Path],
+    paths: Sequence[Path],                                     # image files
     title: str,                                                # of the progress bar, which a terminal shows
     batch_size: int = 32,                                      # images at a time
 ) -> tuple[list[tuple[Path, Answer]], list[tuple[str, str]]]:  # answers by path; what was skipped, and why

@@ -264,6 +264,12 @@ class Gathered:
     store: "FeatureStore | None" = None  # of maps; None without a denoiser
 
     @property
+    def maps(self) -> "FeatureStore":
+        "The store, where a U-head or a segmentation head is trained."
+        assert self.store is not None
+        return self.store
+
+    @property
     def skipped(self) -> list[str]:
         "Why images could not be read."
         return [reason for part in self.vectors for reason in part.skipped]
@@ -271,7 +277,7 @@ class Gathered:
 # %% ../../nbs/app/17_heads.ipynb #9a0d1075
 def gather_vectors(
     embedder: Embedder,
-    lists: dict[str, Sequence[Item]],  # by name, for the progress bars
+    lists: Mapping[str, Sequence[Item]],  # by name, for the progress bars
     folder: Path,                      # of the vectors
     quiet: bool = False,               # no progress bars
 ) -> Gathered:

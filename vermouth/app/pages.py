@@ -215,8 +215,8 @@ def _unnumbered(
     columns = sorted(list(zip(*lines, strict=True))[1:], key=lambda column: column[0] != "method")
     shared = [column for column in columns if len(body) > 3 and set(column[1:]) == {column[1]} != {""}]
     left = [column for column in columns if column not in shared] or columns
-    said = ", ".join(f"{name} {value}" for name, value, *_ in shared if len(left) < len(columns))
-    return [list(line) for line in zip(*left, strict=True)], int(left[0][0] == "method"), said
+    common = ", ".join(f"{name} {value}" for name, value, *_ in shared if len(left) < len(columns))
+    return [list(line) for line in zip(*left, strict=True)], int(left[0][0] == "method"), common
 
 # %% ../../nbs/app/13_pages.ipynb #5592de42
 def markdown_table(html: str) -> str:
@@ -230,8 +230,8 @@ def markdown_table(html: str) -> str:
     rows = [row + [""] * (width - len(row)) for row in rows]
     lines = [_one_head(rows[:heads], parser.keys)]
     lines += [["–" if cell == "NaN" else cell for cell in row] for row in rows[heads:]]
-    lines, keys, said = _unnumbered(lines, parser.keys)
-    tables = [f"In all rows: {said}."] if said else []
+    lines, keys, common = _unnumbered(lines, parser.keys)
+    tables = [f"In all rows: {common}."] if common else []
     for columns in (groups := _blocks(lines, keys)):
         shown = [[row[i] for i in columns] for row in lines]
         if len(groups) > 1:

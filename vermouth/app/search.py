@@ -86,14 +86,15 @@ def sum_vectors(
 # %% ../../nbs/app/02_search.ipynb #017a309d
 def composed_vector(
     query: Any,               # as for `query_vector`
-    model: SearchModel,
+    model: SearchModel,       # the one that made the index
     add: Sequence = (),       # queries to add
     subtract: Sequence = (),  # queries to take away
     weight: float = 1.0,      # of each of these
 ) -> np.ndarray:              # (1,D) float32 of length 1
     "Return the sum of several queries. Raises VermouthError if they cancel out."
     more = [[others] if isinstance(others, (str, os.PathLike, Image.Image)) else others for others in (add, subtract)]
-    return sum_vectors(query_vector(query, model), *[[query_vector(q, model) for q in part] for part in more], weight)
+    added, taken = ([query_vector(q, model) for q in part] for part in more)
+    return sum_vectors(query_vector(query, model), added, taken, weight)
 
 # %% ../../nbs/app/02_search.ipynb #2e6a345f
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def nearest(
     "Return the photos nearest to a vector. Raises VermouthError if k is not a whole number from 1."
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise VermouthError(f"k={k!r}: a whole number from 1.")
-    return [Hit(row[0], score, row[6] or b"", self.folder) for score, row in self.nearest_rows(vector, k)]
+    return [Hit(row[0], score, row[6] or b"", self.folder or None) for score, row in self.nearest_rows(vector, k)]
 
 # %% ../../nbs/app/02_search.ipynb #802f524c
 @cache
@@ -164,7 +165,7 @@ def data_uri(jpeg: bytes) -> str:
 
 # %% ../../nbs/app/02_search.ipynb #0ab21a15
 def card(
-    hit: Hit,
+    hit: Hit,        # from `Index.search`
     rank: int,       # from 1
     link: str = "",  # address of the photo; empty: the thumbnail leads nowhere
 ) -> str:
@@ -221,7 +222,7 @@ def export(
     self: Index,
     path: str | Path,  # a Parquet file to make or to replace
 ) -> None:
-    "Write path, sha256, width, height and vector of all photos. Raises VermouthError for damage and a wrong place."
+    "Write path, sha256, size, vector and model of all photos. Raises VermouthError for damage and a wrong place."
     import pandas as pd
 
     names, buffer, path = ["path", "sha256", "width", "height", "vector"], io.BytesIO(), Path(path)
@@ -239,7 +240,7 @@ def export(
                 [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), *row]
                 for name, *row in read_photos(db)
             ]
-        pd.DataFrame(table, columns=names).to_parquet(buffer)
+        pd.DataFrame(table, columns=names).assign(model=self.settings["model"]).to_parquet(buffer)
         write_atomic(path, buffer.getvalue())
     except OSError as e:
         what = f"cannot be written ({e.strerror or e})"

@@ -7,7 +7,7 @@ __all__ = ['train_model']
 
 # %% ../../nbs/app/11_train.ipynb #9bd263cc
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def _linear_candidate(classes: _Classes) -> Candidate:
 def _uhead_candidate(classes: _Classes) -> Candidate:
     "A U-head."
     keep, held = held_split(classes.train.labels, classes.seed)
-    names, store, rows = classes.data.names, classes.features.store, torch.tensor(classes.features.rows[0])
+    names, store, rows = classes.data.names, classes.features.maps, torch.tensor(classes.features.rows[0])
 
     def fit(index: Tensor) -> Any:
         model = build_uhead(classes.embedder, classes.clip, classes.seed)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def _uhead_candidate(classes: _Classes) -> Candidate:
 
 # %% ../../nbs/app/11_train.ipynb #13c73d30
 def _gather(
-    embedder: Embedder, clip: Any, lists: dict[str, Sequence[Any]], out: Path, seed: int, quiet: bool, maps: bool
+    embedder: Embedder, clip: Any, lists: Mapping[str, Sequence[Any]], out: Path, seed: int, quiet: bool, maps: bool
 ) -> Gathered:
     "Read lists of images: their maps, for a U-head, or their vectors only."
     if maps:
@@ -273,7 +273,7 @@ def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> Any:
     groups = np.repeat([0, 1], [len(part) for part in chosen])
     epochs, targets = max(1, 2000 // len(rows)), torch.searchsorted(torch.tensor([*classes]), labels)
     options = sbir_recipe("ours", "folder") | {"seed": pairs.seed, "quiet": pairs.quiet}
-    train_head(model, StoredRows(pairs.features.store, rows), targets, names, groups, epochs, **options)
+    train_head(model, StoredRows(pairs.features.maps, rows), targets, names, groups, epochs, **options)
     return model
 
 # %% ../../nbs/app/11_train.ipynb #9efdbbfa
@@ -285,7 +285,7 @@ def _uhead_retriever(pairs: _Pairs) -> Retriever:
         @torch.inference_mode()
         def embed(part: int, numbers: Tensor) -> Tensor:
             rows = [pairs.features.rows[part][i] for i in numbers.tolist()]
-            stored, device = StoredRows(pairs.features.store, rows), model.backbone.device
+            stored, device = StoredRows(pairs.features.maps, rows), model.backbone.device
             batches = [range(i, min(i + 128, len(rows))) for i in range(0, len(rows), 128)]
             return torch.cat([model([m.to(device) for m in stored.batch(batch)]).cpu() for batch in batches])
 
@@ -335,7 +335,8 @@ def train_retrieval(
         candidates["U-head"] = _uhead_retriever(pairs)
     best = _best({name: held for name, (held, _) in candidates.items()})
     trained, embed = candidates[best][1]()
-    result, chance = pairs.tested(embed), chance_average_precision(*[v.labels for v in pairs.features.vectors[2:]])
+    queries, gallery = (v.labels for v in pairs.features.vectors[2:])
+    result, chance = pairs.tested(embed), chance_average_precision(queries, gallery)
     trained.training_card = _retrieval_card(pairs, root, result, chance)
     trained.save(out)
     table = [(name, held, result if name == best else NONE) for name, (held, _) in candidates.items()]
@@ -373,7 +374,7 @@ def _stored_counts(
     "Count the pixels of the test images by true and predicted class, from stored maps."
     from vermouth.seghead import label_map
 
-    names, store, device = [*split.names], features.store, model.backbone.device
+    names, store, device = [*split.names], features.maps, model.backbone.device
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
     for row in features.rows[1]:
         [vectors] = model.segmentation_head(model.joined([m.float().to(device) for m in store.batch([row])]))
@@ -394,10 +395,10 @@ def _fit_masks(
     from vermouth.tasks.segmentation import AdaptedHead, train_on_masks, training_masks
 
     rows = features.rows[0]
-    kept = [split.train[features.store.kept[row]] for row in rows]
+    kept = [split.train[features.maps.kept[row]] for row in rows]
     masks = training_masks(kept, split.seen, split.ignore_index, model.size)
     epochs = max(6, min(100, -(-STEPS * 8 // len(rows))))
-    maps = StoredRows(features.store, rows)
+    maps = StoredRows(features.maps, rows)
     options = {"epochs": epochs, "seed": seed, "quiet": quiet}
     train_on_masks(AdaptedHead(model), maps, masks, split, model, classes, **options)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .answers import check_names
+from .answers import check_names, fit_note
 from .drawing import centred, from_canvas, static_text
 from .embedding import same_model
 from .files import thumbnail
@@ -137,7 +137,7 @@ def by_names(model: Vermouth, source: Any, names: str) -> dict[str, float]:  # n
     "Return which of the typed names fits an image."
     image, class_names = received(source), typed_names(names)
     check_names(model, class_names)
-    _warn(model.misfit([image]))
+    _warn(fit_note(model, [image], asked="classify"))
     return dict(zip(class_names, model.classify(image, class_names)[0].tolist()))
 
 # %% ../../nbs/app/06_web.ipynb #a8594047
@@ -145,7 +145,7 @@ def cut_out(model: Vermouth, source: Any, names: str) -> Image.Image:
     "Return an image in the colours of its classes, with a legend."
     image, class_names = received(source), typed_names(names)
     check_names(model, class_names)
-    _warn(model.misfit([image]))
+    _warn(fit_note(model, [image], asked="segment"))
     return overlay(image, model.segment(image, class_names), class_names)
 
 # %% ../../nbs/app/06_web.ipynb #07a96a07
@@ -309,7 +309,7 @@ def image_tabs(model: Vermouth) -> None:
 
 # %% ../../nbs/app/06_web.ipynb #c8e89114
 def make_page(
-    index: Index,
+    index: Index,     # from `build_index`
     model: Vermouth,  # the one that made the index
 ) -> Any:             # gradio.Blocks
     "Return the page with all its tabs. Raises VermouthError for another model, or if gradio is not installed."
@@ -368,10 +368,10 @@ def guarded_app(
 
 # %% ../../nbs/app/06_web.ipynb #63fe2144
 def serve(
-    index: Index,
+    index: Index,                       # from `build_index`
     load: Callable[[], Vermouth],       # the model that made the index; called once the address is taken
     host: str = "127.0.0.1",            # 0.0.0.0 lets other machines in
-    port: int = 7860,
+    port: int = 7860,                   # of the address, 1 … 65535
     say: Callable[[str], Any] = print,  # gets the address of the page
 ) -> None:
     "Serve the page until interrupted. Raises VermouthError without gradio, for a taken address or another model."

@@ -64,8 +64,42 @@ TRAIN = "Train a model on your classes: vermouth train ROOT --task"
 # %% ../../nbs/zoo/01_embedders.ipynb #883e8b9a
 AnyRange = ValueRange | None  # of tensors, as for `images.image_batch`; None refuses a likely (0, 1)
 
+# %% ../../nbs/zoo/01_embedders.ipynb #51e27a0c
+class _Silent:
+    "What a model without words answers."
+
+    name: str
+
+    def embed_text(
+        self,
+        texts: str | Sequence[str],  # one or N
+    ) -> Tensor:                     # (N,D) float32 of length 1
+        "Return one unit vector per text. Raises VermouthError for a model without words."
+        what = "it reads images, not words"
+        raise VermouthError(f"model={self.name!r}: {what}. Ask with an image, or use --model clip:… from the start.")
+
+    def classify(
+        self,
+        images: Images,                      # one image or many
+        names: Sequence[str] | None = None,  # K classes; None takes `labels`
+        batch_size: int = 32,                # images at a time
+        value_range: AnyRange = None,        # of tensors, as for `images.image_batch`
+    ) -> Tensor:                             # (B,K) probabilities
+        "Return which name fits. Raises VermouthError for a model without words."
+        raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} classify --out MODEL.")
+
+    def segment(
+        self,
+        images: Images,                # one image or many
+        names: Sequence[str],          # K classes
+        short: int | None = None,      # pixels of the shorter side, for windows; None takes the image whole
+        value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+    ) -> Any:                          # (H,W) labels of the pixels, a list for many
+        "Return the class of each pixel. Raises VermouthError for a model without words."
+        raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} segment --out MODEL.")
+
 # %% ../../nbs/zoo/01_embedders.ipynb #603c398e
-class Embedder:
+class Embedder(_Silent):
     "A frozen model as one vector per image. This base has no words, no classes and no masks, and says so."
 
     name: str                     # for messages
@@ -76,29 +110,21 @@ class Embedder:
     has_words = False             # texts are vectors of the same space
     labels: tuple[str, ...] = ()  # classes that it was trained on
 
-    def embed(self, images: Images, batch_size: int = 32, value_range: AnyRange = None) -> Tensor:  # (B,D) float32
+    def embed(
+        self,
+        images: Images,                # one image or many
+        batch_size: int = 32,          # images at a time
+        value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+    ) -> Tensor:                       # (B,D) float32
         "Return one unit vector per image."
         raise NotImplementedError
 
-    def embed_text(self, texts: str | Sequence[str]) -> Tensor:  # (N,D) float32 of length 1
-        "Return one unit vector per text. Raises VermouthError for a model without words."
-        what = "it reads images, not words"
-        raise VermouthError(f"model={self.name!r}: {what}. Ask with an image, or use --model clip:… from the start.")
-
-    def classify(
-        self, images: Images, names: Sequence[str] | None = None, batch_size: int = 32, value_range: AnyRange = None
-    ) -> Tensor:
-        "Return (B,K) probabilities of K names, or of `labels`. Raises VermouthError for a model without words."
-        raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} classify --out MODEL.")
-
-    def segment(
-        self, images: Images, names: Sequence[str], short: int | None = None, value_range: AnyRange = None
-    ) -> Any:
-        "Return the class (H,W) of each pixel, a list for many. Raises VermouthError for a model without words."
-        raise VermouthError(f"model={self.name!r}: it knows no class names. {TRAIN} segment --out MODEL.")
-
-    def misfit(self, images: Images, value_range: AnyRange = None) -> str:
-        "Return why a sample of images is not what the model was made for; nothing where it is not known."
+    def misfit(
+        self,
+        images: Images,                # a sample
+        value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
+    ) -> str:
+        "Return why images are not what the model was made for; nothing where that is not known."
         return _toybox_misfit(images, value_range) if self.name in ("toybox", "clip:toybox") else ""
 
     def describe(self) -> dict[str, Any]:  # JSON's types, for `embedder_from`
@@ -241,7 +267,7 @@ def _clip_masks(images: Sequence[Tensor], names: Sequence[str], clip: "Clip") ->
 class PyramidEmbedder(Embedder):
     "A denoiser's pooled pyramid, with an expert's maps and CLIP's vector beside it."
 
-    size: int
+    size: int  # side in pixels that images are resized to
     if TYPE_CHECKING:  # methods are patched on below
 
         def __getattr__(self, name: str) -> Any: ...
@@ -282,8 +308,8 @@ class PyramidEmbedder(Embedder):
 @patch
 def segment(
     self: PyramidEmbedder,
-    images: Images,
-    names: Sequence[str],
+    images: Images,                         # N images, as for `embed`
+    names: Sequence[str],                   # K words
     short: int | None = None,               # of trained heads only
     value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
 ) -> Any:                                   # (H,W) labels, a list for many
@@ -296,7 +322,7 @@ def segment(
 @patch
 def levels(
     self: PyramidEmbedder,
-    images: Images,
+    images: Images,                         # N images, as for `embed`
     batch_size: int = 32,                   # images at a time
     value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
 ) -> list[Tensor]:                          # (B,C,h,w) each, float32: the pyramid, then the expert's maps
@@ -313,7 +339,7 @@ def levels(
 @torch.inference_mode()
 def embed(
     self: PyramidEmbedder,
-    images: Images,
+    images: Images,                         # paths, PIL images, arrays or tensors
     batch_size: int = 32,                   # images at a time
     value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
 ) -> Tensor:                                # (B,D) float32 of length 1
@@ -330,7 +356,7 @@ def embed_text(self: PyramidEmbedder, texts: str | Sequence[str]) -> Tensor:  # 
     if self.clip is None:
         return Embedder.embed_text(self, texts)
     words = ClipEmbedder(self.clip).embed_text(texts)
-    dims = self.backbone.feature_dims(self.settings.stages, self.settings.attention)
+    dims = self.backbone.dims(self.settings)
     return F.pad(words, (sum(dims) + sum(self.expert.dims if self.expert else ()), 0))
 
 # %% ../../nbs/zoo/01_embedders.ipynb #73d915ab
@@ -641,7 +667,7 @@ class LinearClassifier(HubModel, Embedder):
 
     def __init__(
         self,
-        features: Embedder,
+        features: Embedder,         # the frozen model below
         state: dict[str, Tensor],   # from `fit_linear`, for retrieval from `fit_whitening`
         training: dict[str, Any],   # of the card: task, names, data, metrics, calibration
     ):
@@ -694,7 +720,7 @@ def logits(
 @patch
 def classify(
     self: LinearClassifier,
-    images: Images,
+    images: Images,                         # N images, as for `embed`
     names: Sequence[str] | None = None,     # some of `labels`; None takes all
     batch_size: int = 32,                   # images at a time
     value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
