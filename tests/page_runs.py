@@ -35,6 +35,13 @@ def page_rows(page, folder, **parameters):
     return pd.read_csv(Path(folder) / "results" / f"{Path(page).stem}.csv")
 
 
+def without_differences(rows):
+    "The rows of methods, without those of paired differences of two, of which there must be some."
+    apart = rows[rows.method.str.contains(" − ")]
+    assert len(apart) and (apart.low <= apart.value).all() and (apart.value <= apart.high).all()
+    return rows.drop(apart.index)
+
+
 def page_text(cells):
     "What a page has printed and shown."
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

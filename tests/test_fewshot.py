@@ -8,15 +8,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from page_runs import page_text, run_page
+from page_runs import page_text, run_page, without_differences
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score
 
+from vermouth import baselines
 from vermouth.baselines import store_name
 from vermouth.data.fewshot import load_fewshot
 from vermouth.data.items import Item
+from vermouth.data.toybox import Toybox
 from vermouth.model import Vermouth
-from vermouth.tasks import fewshot
 from vermouth.tasks.fewshot import (
     few_shot_accuracy,
     oracle_prompts,
@@ -76,20 +77,19 @@ def test_another_setting_is_another_store(study):
     assert len(names | {store_name(model, data.test[1:], None)}) == 4
 
 
-def test_timm_backbones_are_used_where_their_weights_are(study, tmp_path, monkeypatch):
-    _, _, reading = study
+def test_networks_are_used_where_their_weights_are(tmp_path, monkeypatch):
     sources = {"here": "resnet10t.c3_in1k", "absent": "vit_base_patch16_224.dino"}
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "model.safetensors")
 
     def cached(repo, name):
         return str(tmp_path / name) if "resnet10t" in repo else None
 
-    monkeypatch.setattr(fewshot, "TIMM", sources)
-    monkeypatch.setattr(fewshot, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(baselines, "NETWORKS", sources)
+    monkeypatch.setattr(baselines, "try_to_load_from_cache", cached)
     monkeypatch.setattr("vermouth.expert.hf_hub_download", lambda repo, name: str(tmp_path / name))
-    small = replace(reading, items=reading.items[:3], prompts=reading.prompts[:3])
-    found, absent = fewshot.timm_embeddings(small, "cpu")
-    assert found["here"].shape == (3, 512)
+    found, absent = baselines.load_networks("auto", "caltech101", device="cpu")
+    embed = baselines.network_embedders(found)["here"]
+    assert embed([item.image for item in Toybox("photo", n=3)], [""] * 3).shape == (3, 512)
     command = "hf download timm/vit_base_patch16_224.dino model.safetensors"
     assert absent == {"absent": f"no weights here; fetch them with: {command}"}
 
@@ -110,26 +110,28 @@ METHODS = {
     "caption only, linear probe",
     "caption only",
 }
+OTHER = {"EfficientNet-Lite0, linear probe", "EfficientNet-Lite0, trained bottleneck"}
 
 
 def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
-    shown = page_text(run_page("11_fewshot.ipynb", tmp_path))
-    assert all(f"<th>{method}</th>" in shown for method in METHODS)
+    shown = page_text(run_page("11_fewshot.ipynb", tmp_path, shots=[1], seed=[1], limit=12))
+    assert all(f"<th>{method}</th>" in shown for method in METHODS | OTHER)
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"], "nothing is left where committed results lie"
 
 
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_the_page_reads_caltech101(tmp_path):
     root = str(Path(DATA) / "fewshot")
-    few = {"shots": 1, "seed": 1, "epochs": 1, "limit": 100, "protocol": "ours"}
+    few = {"shots": 1, "seed": 1, "epochs": 1, "limit": 24, "protocol": "ours"}
     shown = page_text(run_page("11_fewshot.ipynb", tmp_path, dataset="caltech101", root=root, **few))
     rows = pd.read_csv(tmp_path / "results" / "11_fewshot.csv")
-    left_out = {name for name in fewshot.TIMM if f"{name}, linear probe: left out" in shown}
-    probed = {method.removesuffix(", linear probe") for method in rows.method} & set(fewshot.TIMM)
+    beside = {*baselines.NETWORKS} - {"EfficientNet-Lite0"}  # which is the expert of photographs
+    left_out = {name for name in beside if f"{name}: left out" in shown}
+    probed = {method.removesuffix(", linear probe") for method in rows.method} & beside
     assert set(rows.method) >= METHODS
-    assert len(left_out | probed) == len(fewshot.TIMM) == 6
-    assert (rows.n == 100).all()
-    assert rows.value.between(0, 1).all()
+    assert len(left_out | probed) == len(beside) == 6
+    assert (rows.n == 24).all()
+    assert without_differences(rows).value.between(0, 1).all()
     assert rows.setting.str.contains("shots=").all()
     assert "1 of 1 shot sets from index files" in shown

@@ -183,5 +183,5 @@ def test_the_segmentation_head_is_its_decoder_written_out(protocol):
         total = F.interpolate(total, scale_factor=2, mode="bilinear", align_corners=False)
     want = F.conv2d(total, w["out.weight"], w["out.bias"])
     with torch.no_grad():
-        torch.testing.assert_close(head(maps_of(2)), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head(maps_of(2)), want, rtol=0, atol=1e-6)
     assert head.config == {"width": 64, "protocol": protocol, "dropout": 0.1 if paper else 0.0}

@@ -15,13 +15,14 @@ SIDES = (4, 8, 16, 32)  # of the levels, for images of 256 px
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    "Of double precision, as the networks below: two ways to sum then agree to 1e-6 after any number of layers."
+    return (torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(3)) * 2 - 1).double()
 
 
 @pytest.fixture(scope="module")
 def pyramid():
     torch.manual_seed(4)
-    return [torch.randn(2, c, s, s) for c, s in zip(DIMS, SIDES, strict=True)]
+    return [torch.randn(2, c, s, s, dtype=torch.float64) for c, s in zip(DIMS, SIDES, strict=True)]
 
 
 def normalised(images):
@@ -44,9 +45,9 @@ def joined(x, m, normalise):
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_resnet_18_joins_the_three_upper_levels(images, pyramid, normalise):
-    expert = load_expert("resnet18", pretrained=False, device="cpu", protocol="paper")
-    adapters = Adapters(expert, DIMS, STRIDES, protocol="paper", normalise=normalise).eval()
-    plain = torchvision.models.resnet18().eval()
+    expert = load_expert("resnet18", pretrained=False, device="cpu", protocol="paper").double()
+    adapters = Adapters(expert, DIMS, STRIDES, protocol="paper", normalise=normalise).eval().double()
+    plain = torchvision.models.resnet18().eval().double()
     plain.load_state_dict(expert.net.state_dict() | {k: v for k, v in plain.state_dict().items() if k[:3] == "fc."})
     with torch.no_grad():
         x = plain.layer1(plain.maxpool(plain.relu(plain.bn1(plain.conv1(normalised(images))))))
@@ -59,7 +60,7 @@ def test_resnet_18_joins_the_three_upper_levels(images, pyramid, normalise):
         got = adapters(pyramid, expert(images))
     assert adapters.joined_dims == (24, 20 + 512, 16 + 256, 12 + 128)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_the_published_weights_are_torchvision_s_first():
@@ -84,18 +85,18 @@ def test_a_transformer_joins_all_four_levels(images, pyramid, final, normalise, 
     name = "vit_tiny_patch16_224.augreg_in21k"
     monkeypatch.setattr(vermouth.expert, "NORMALISED", (name,) if final else ())
     torch.manual_seed(5)
-    expert = load_expert(name, pretrained=False, device="cpu", protocol="paper")
-    plain = timm.create_model(name).eval()
+    expert = load_expert(name, pretrained=False, device="cpu", protocol="paper").double()
+    plain = timm.create_model(name).eval().double()
     lacking = plain.load_state_dict(expert.net.model.state_dict(), strict=False).missing_keys
     assert lacking == [*(() if final else ("norm.weight", "norm.bias")), "head.weight", "head.bias"]
     if final:
         with torch.no_grad():
             for p in (*plain.norm.parameters(), *expert.net.model.norm.parameters()):
                 p.copy_(torch.linspace(0.5, 2, len(p)))
-    adapters = Adapters(expert, DIMS, STRIDES, protocol="paper", normalise=normalise).eval()
+    adapters = Adapters(expert, DIMS, STRIDES, protocol="paper", normalise=normalise).eval().double()
     with torch.no_grad():
-        small = F.interpolate(images, (224, 224), mode="bilinear", align_corners=False, antialias=False)
-        maps = blocks_of(plain, small, plain.norm if final else lambda x: x)  # this one was trained on [-1, 1]
+        small = F.interpolate(images.float(), (224, 224), mode="bilinear", align_corners=False, antialias=False)
+        maps = blocks_of(plain, small.double(), plain.norm if final else lambda x: x)  # this one was trained on [-1, 1]
         want = []
         for level, (m, side) in enumerate(zip(maps, SIDES, strict=True)):
             m = F.interpolate(m, (side, side), mode="bilinear", align_corners=False)
@@ -103,7 +104,7 @@ def test_a_transformer_joins_all_four_levels(images, pyramid, final, normalise, 
         got = adapters(pyramid, expert(images))
     assert adapters.joined_dims == tuple(c + 192 for c in DIMS)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_the_final_normalisation_is_dino_s_and_not_dinov2_s():
@@ -123,8 +124,8 @@ def test_what_reads_otherwise_has_another_fingerprint():
 
 def test_ours_is_what_it_was(images, pyramid):
     "Biases, and the adapter before the resize."
-    expert = load_expert("resnet10t", pretrained=False, device="cpu")
-    adapters = Adapters(expert, DIMS, STRIDES)
+    expert = load_expert("resnet10t", pretrained=False, device="cpu").double()
+    adapters = Adapters(expert, DIMS, STRIDES).double()
     maps = expert(images[..., :200, :200])
     with torch.no_grad():
         got = adapters(pyramid, maps)

@@ -7,7 +7,7 @@ import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT
-from page_runs import page_rows
+from page_runs import page_rows, without_differences
 
 from vermouth.core import VermouthError
 
@@ -40,10 +40,11 @@ def papermill_rows(page, folder, **parameters):
 
 
 def test_sbir_writes_every_method_with_its_origin(tmp_path):
-    few = {"shots": 1, "epochs": 1, "limit": 24, "protocol": "ours", "seed": 0}
+    few = {"shots": 1, "epochs": 1, "limit": 12, "protocol": "ours", "seed": 0}
     rows = papermill_rows("10_sbir.ipynb", tmp_path, **few)
-    assert set(rows.method) == METHODS
-    assert rows.value.between(0, 1).all() and (rows.n == 24).all()
+    methods = without_differences(rows)
+    assert set(methods.method) == METHODS | {f"EfficientNet-Lite0{kind}" for kind in (" only", ", trained bottleneck")}
+    assert methods.value.between(0, 1).all() and (rows.n == 12).all()
     sure = rows[rows.method != "chance"]
     assert (sure.low <= sure.value).all() and (sure.value <= sure.high).all() and (rows.seeds == 1).all()
     assert rows.versions.str.contains("torch=").all() and rows.device.notna().all() and (rows.seconds > 0).all()
@@ -56,9 +57,9 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_sbir_reads_real_sketches(tmp_path):
     root = str(Path(DATA) / "sbir" / "Sketchy")
-    few = {"shots": 1, "epochs": 1, "limit": 50, "uhead": "pico", "protocol": "ours", "seed": 0}
+    few = {"shots": 1, "epochs": 1, "limit": 25, "uhead": "pico", "protocol": "ours", "seed": 0}
     rows = page_rows("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
-    assert set(rows.method) == METHODS and (rows.n == 50).all()
+    assert set(without_differences(rows).method) == METHODS and (rows.n == 25).all()
 
 
 def test_a_wrong_name_says_which_are_right(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from page_runs import page_rows
+from page_runs import page_rows, without_differences
 from sklearn.metrics import jaccard_score
 
 from vermouth.core import VermouthError
@@ -160,10 +160,11 @@ METRICS = {"mIoU", "mIoU seen", "mIoU unseen", "harmonic mean", "pixel accuracy"
 
 
 def test_the_page_writes_every_method(tmp_path):
-    rows = page_rows("12_segmentation.ipynb", tmp_path, **ONE, limit=16)
-    assert set(rows.method) == METHODS | REGIONS
+    rows = page_rows("12_segmentation.ipynb", tmp_path, **ONE, limit=6)
+    rows = without_differences(rows)
+    assert set(rows.method) == METHODS | REGIONS | {"EfficientNet-Lite0 only"}
     assert set(rows.metric) == METRICS
-    assert (rows.n == 16).all()
+    assert (rows.n == 6).all()
     assert rows.value.between(0, 1).all() and (rows.low <= rows.high).all()
     assert (tmp_path / "results" / "12_segmentation.png").stat().st_size > 10_000
 
@@ -174,9 +175,9 @@ def test_the_page_writes_every_method(tmp_path):
 )
 def test_the_page_reads_photographs(dataset, folder, tmp_path):
     root = str(Path(DATA) / "seg" / folder)
-    rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=dataset, root=root, **ONE, limit=8)
+    rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=dataset, root=root, **ONE, limit=4)
     # this pack of ADE20K has no images to train on, so the head learns Toybox's names
-    assert set(rows.method) == (METHODS if dataset == "ade150" else METHODS | REGIONS)
+    assert set(without_differences(rows).method) == (METHODS if dataset == "ade150" else METHODS | REGIONS)
 
 
 @real
@@ -185,5 +186,5 @@ def test_a_head_is_tested_on_another_data_set_by_its_names_alone(tmp_path):
     few = ONE | {"limit": 4}
     rows = page_rows("12_segmentation.ipynb", tmp_path, dataset=["voc20", "ade150"], root=root, **few)
     assert set(rows.dataset) == {"ade150"}
-    assert set(rows.method) == METHODS
+    assert set(without_differences(rows).method) == METHODS
     assert rows.setting.str.endswith("trained on voc20").all()

@@ -11,13 +11,15 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -29,7 +31,9 @@ from .backbone import Backbone, FeatureSettings
 from .core import VermouthError, check_finite, choose, frozen, spent_on
 from .data.arrow import STORE_DTYPES, rounded
 from .data.extraction import in_chunks, item_ids, store_key
-from .images import image_batch, image_list
+from .expert import TIMM_NAMES, Expert, load_expert, packaged_weights
+from .hooks import as_names
+from .images import image_batch, image_list, image_tensor
 from .model import Vermouth
 from .store import FeatureStore, extract
 from .text import Captioner, Clip, _pil, image_embeddings, text_embeddings
@@ -41,7 +45,7 @@ Embed = Callable[[list, list[str]], Tensor]  # images and their prompts → (B,D
 # %% ../nbs/library/14_baselines.ipynb #6327bb2a
 @torch.no_grad()
 def embed_items(
-    embed: Embed,
+    embed: Embed,            # images and prompts → (B,D)
     items: Sequence[Any],    # N images, or items with an `image`
     prompts: Sequence[str],  # one per item
     title: str = "",         # of the progress bar; empty shows none
@@ -51,7 +55,7 @@ def embed_items(
 
 # %% ../nbs/library/14_baselines.ipynb #8b5242fa
 def mid_embedder(
-    backbone: Backbone,
+    backbone: Backbone,                             # frozen
     settings: FeatureSettings = FeatureSettings(),  # whose time steps and noise are used
     size: int | None = None,                        # side that images are resized to, in pixels
 ) -> Embed:
@@ -88,7 +92,7 @@ def raw_pixels(
 
 # %% ../nbs/library/14_baselines.ipynb #4ea27dc7
 def prompts_for(
-    model: Vermouth,
+    model: Vermouth,       # whose captioner or prompt mode makes them
     items: Sequence[Any],  # N images, or items with an `image`
     title: str = "",       # of the progress bar; empty shows none
 ) -> list[str]:            # one per item
@@ -97,7 +101,7 @@ def prompts_for(
 
 # %% ../nbs/library/14_baselines.ipynb #cca170d5
 def read_items(
-    model: Vermouth,
+    model: Vermouth,         # whose backbone, expert and size are used
     items: Sequence[Any],    # N images, or items with an `image`
     prompts: Sequence[str],  # one per item
     title: str = "",         # of the progress bar; empty shows none
@@ -110,7 +114,7 @@ def read_items(
 
 # %% ../nbs/library/14_baselines.ipynb #1ab83aff
 def store_items(
-    model: Vermouth,
+    model: Vermouth,                       # whose backbone, expert and size are used
     items: Sequence[Any],                  # N images, or items with an `image`
     out: str | Path,                       # folder of the store
     prompts: Sequence[str] | None = None,  # one per item; None makes them by `model.prompt`
@@ -436,3 +440,72 @@ def bottleneck_embedder(
     "Embed by a frozen network and a trained bottleneck."
     device = head.up.weight.device
     return lambda images, prompts: head([embed(images, prompts).float().to(device)])
+
+# %% ../nbs/library/14_baselines.ipynb #net00001
+NETWORKS = {  # name in the tables → name for `load_expert`
+    "MAE-L": "vit_large_patch16_224.mae",
+    "ConvNeXtV2-L": "convnextv2_large.fcmae_ft_in22k_in1k",
+    "SwinV2-L": "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k",
+    "DINO-B": "dino_vitb16",
+    "DINOv2-B": "dinov2_vitb14",
+    "BEiTv2-L": "beitv2_large_patch16_224.in1k_ft_in22k",
+    "EfficientNet-Lite0": "efficientnet_lite0",
+}
+
+# %% ../nbs/library/14_baselines.ipynb #net00002
+def missing_weights(
+    name: str,  # for `load_expert`
+) -> str:       # what to do; "" where they are on this machine, or where the name is none of timm's
+    "Say how to get a network's weights."
+    source = TIMM_NAMES.get(name, name)
+    if not timm.is_model(source) or packaged_weights(source) is not None:
+        return ""
+    repo = timm.get_pretrained_cfg(source).hf_hub_id
+    here = repo and isinstance(try_to_load_from_cache(repo, "model.safetensors"), str)
+    return "" if here else f"no weights here; fetch them with: hf download {repo} model.safetensors"
+
+# %% ../nbs/library/14_baselines.ipynb #net00003
+def load_networks(
+    names: str | Sequence[str] = "auto",       # of `NETWORKS` or timm; "auto": all of `NETWORKS`, on Toybox the last
+    dataset: str = "toybox",
+    expert: str = "",                          # which has rows of its own and is left out
+    device: str | torch.device | None = None,  # None takes the best there is
+) -> tuple[dict[str, Expert], dict[str, str]]:  # name → network; name → why it is left out
+    "Load frozen networks as baselines, where their weights are on this machine."
+    if names == "auto":
+        names = [*NETWORKS][-1:] if dataset == "toybox" else [*NETWORKS]
+    sources = {name: NETWORKS.get(name, name) for name in as_names(names)}
+    found, absent = {}, {}
+    for name, source in sources.items():
+        if source == expert:
+            continue
+        try:
+            if why := missing_weights(source):
+                raise VermouthError(why)
+            found[name] = load_expert(source, device=device)
+        except VermouthError as e:
+            absent[name] = str(e)
+    return found, absent
+
+# %% ../nbs/library/14_baselines.ipynb #net00006
+def remembered(
+    embed: Embed,  # that reads no prompts
+) -> Embed:
+    "Keep the vector of each image, and return it when an image with the same pixels comes again."
+    known: dict[bytes, Tensor] = {}
+
+    def recall(images: list, prompts: list[str]) -> Tensor:
+        keys = [hashlib.sha256(x.numpy().tobytes()).digest() for x in map(image_tensor, images)]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
+        if new:
+            known.update(zip(new, embed([*new.values()], [""] * len(new)).cpu(), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    return recall
+
+# %% ../nbs/library/14_baselines.ipynb #net00007
+def network_embedders(
+    networks: Mapping[str, Expert],  # from `load_networks`
+) -> dict[str, Embed]:               # by the same names
+    "Embed by each network's last map at 224 px, averaged over positions."
+    return {name: remembered(expert_embedder(network, 224)) for name, network in networks.items()}

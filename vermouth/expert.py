@@ -67,7 +67,7 @@ class Expert(nn.Module):
     "A timm network as a list of maps, lowest resolution (or deepest block) first."
 
     mean: Tensor  # (3,1,1), of the network's training
-    std: Tensor
+    std: Tensor   # (3,1,1), likewise
 
     def __init__(
         self,
@@ -290,6 +290,13 @@ def load_expert(
         ) from e
     return expert.to(pick_device(device))
 
+# %% ../nbs/library/09_expert.ipynb #expfor02
+def expert_for(
+    dataset: str,  # name of a data set
+) -> str:          # for `load_expert`
+    "Return the name of the expert that a data set gets unless another is asked for."
+    return "toybox" if dataset == "toybox" else "efficientnet_lite0"
+
 # %% ../nbs/library/09_expert.ipynb #a38904cb
 class ClipMaps(nn.Module):
     "The image tower of a CLIP with the interface of timm's networks of maps."
@@ -376,16 +383,19 @@ class Adapters(nn.Module):
 
     def __init__(
         self,
-        expert: Expert,
+        expert: Expert,           # whose maps are joined to the pyramid
         in_dims: Sequence[int],   # channels of the pyramid, lowest resolution first
-        strides: Sequence[int],   # its pixels per place
+        strides: Sequence[int],   # pixels per place of its levels
         protocol: str = "ours",   # one of `JOINS`
         normalise: bool = False,  # divide both maps of a joined level by their lengths over channels
+        times: int = 1,           # maps of each level in the pyramid, side by side; they share its adapter
     ):
         super().__init__()
+        self.times = times
         self.details, self.normalise = JOINS[choose("protocol", protocol, JOINS)], normalise
         self.pairs = pair_levels(expert.strides, strides)
-        self.joined_dims = tuple(c + (0 if i is None else expert.dims[i]) for c, i in zip(in_dims, self.pairs))
+        added = [0 if i is None else expert.dims[i] for i in self.pairs for _ in range(times)]
+        self.joined_dims = tuple(c + more for c, more in zip(in_dims, added))
         self.takes = len(expert.dims)  # maps, of which some may join no level
         pairs = [(str(level), expert.dims[i]) for level, i in enumerate(self.pairs) if i is not None]
         self.adapters = nn.ModuleDict({level: adapter(channels, self.details.bias) for level, channels in pairs})
@@ -397,13 +407,13 @@ class Adapters(nn.Module):
     ) -> list[Tensor]:              # (B,joined_dims[i],h,w)
         "Adapt each map, resize it to its level, concatenate. Raises VermouthError for another number of maps."
         if len(maps) != self.takes:
-            raise VermouthError(
-                f"maps: {len(maps)} from the expert, the adapters take {self.takes}. "
-                "Use the expert that they were built for."
-            )
+            given = f"{len(maps)} from the expert, the adapters take {self.takes}"
+            raise VermouthError(f"maps: {given}. Use the expert that they were built for.")
         joined = list(pyramid)
-        for level, (x, index) in enumerate(zip(pyramid, self.pairs)):
+        for i, x in enumerate(pyramid):
+            level = i // self.times
+            index = self.pairs[level]
             if index is not None:
                 pair = [x, _adapted(self.adapters[str(level)], maps[index], x.shape[2:], self.details.first)]
-                joined[level] = torch.cat([F.normalize(m, dim=1) for m in pair] if self.normalise else pair, 1)
+                joined[i] = torch.cat([F.normalize(m, dim=1) for m in pair] if self.normalise else pair, 1)
         return joined

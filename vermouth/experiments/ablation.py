@@ -10,7 +10,7 @@ import copy
 import hashlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -34,10 +34,11 @@ from vermouth.data.items import Item
 from vermouth.experiments.tables import ROW, with_intervals
 from vermouth.expert import Expert
 from vermouth.hooks import as_names
+from vermouth.images import Images, ValueRange
 from vermouth.metrics import hits
 from vermouth.model import Vermouth
 from vermouth.tasks.fewshot import few_shot_classes, few_shot_scores, pooled_levels, read_study, study_items
-from vermouth.tasks.sbir import embed_split, sbir_values, train_sbir
+from vermouth.tasks.sbir import chance_scores, embed_split, sbir_values, train_sbir
 from vermouth.tasks.segmentation import confusion_counts, model_labeller, train_segmentation
 from vermouth.text import (
     CAPTIONS,
@@ -56,45 +57,55 @@ from vermouth.text import (
 def _digests(images: Tensor) -> list[bytes]:  # of (B,C,H,W)
     return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu()]
 
+# %% ../../nbs/experiments/02_ablation.ipynb #dd26a7e8
+class _Uncached(Backbone):
+    "How a cached backbone computes what it does not keep."
+
+    def _compute(self, images: Tensor, prompts: list[str], batch_size: int | None, settings: dict) -> list[Tensor]:
+        "The pyramids of images that are not in the cache."
+        options = {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)} | settings
+        return super().features(images, prompts, **options)  # type: ignore[misc] # patched on
+
 # %% ../../nbs/experiments/02_ablation.ipynb #dd26a7e9
-class CachedBackbone(Backbone):
+class CachedBackbone(_Uncached):
     "A backbone that keeps the latents of every image, and every pyramid until it is called with other settings."
 
     capacity = 2 * 2**30  # bytes of pyramids to keep, and a quarter of it of latents; what comes after is computed
-    settings: dict[str, Any]
-    cache: dict[tuple, list[Tensor]]
-    latents: dict[bytes, Tensor]
-    bytes: int
+    settings: dict[str, Any]  # of the pyramids that are kept
+    cache: dict[tuple, list[Tensor]]  # (image, prompt) → (1,C,h,w) per level
+    latents: dict[bytes, Tensor]  # digest of an image → (1,C,h,w)
+    bytes: int            # of the pyramids that are kept
 
     @classmethod
-    def of(cls, bb: Backbone) -> "CachedBackbone":
+    def of(
+        cls, bb: Backbone,  # whose parts are shared
+    ) -> "CachedBackbone":
         "A backbone with a cache that shares all parts with another."
         self = cls(bb.family, bb.name)
         self.settings, self.cache, self.latents, self.bytes = {}, {}, {}, 0
         return self
 
     def features(
-        self, images: Any, prompts: Any = None, size: Any = None, batch_size: int | None = 32, value_range: Any = None,
-        **settings: Any,
+        self,
+        images: Images,
+        prompts: str | None | Iterable[str | None] = None,
+        size: int | tuple[int, int] | str | None = None,
+        batch_size: int | None = 32,
+        value_range: ValueRange | None = None,
+        **settings: Any,  # of `Backbone.features`: timesteps, stages, …
     ) -> list[Tensor]:
         "As `Backbone.features`; an image with the same pixels and the same prompt is read once."
         batch = self.prepare(images, size, value_range)
-        prompts = prompt_list(prompts, len(batch))
         if settings != self.settings:
             self.settings, self.cache, self.bytes = settings, {}, 0
-        keys = list(zip(_digests(batch), prompts, strict=True))
+        keys = list(zip(_digests(batch), prompt_list(prompts, len(batch)), strict=True))
         new = [i for i, key in enumerate(keys) if key not in self.cache]
-        maps = self._compute(batch[new], [prompts[i] for i in new], batch_size, settings) if new else []
+        maps = self._compute(batch[new], [keys[i][1] for i in new], batch_size, settings) if new else []
         known = self.cache | {keys[i]: pyramid for i, *pyramid in zip(new, *maps, strict=True)}
         self.bytes += sum(level.nbytes for level in maps)
         if self.bytes < self.capacity:
             self.cache = known
         return [torch.stack(level) for level in zip(*(known[key] for key in keys), strict=True)]
-
-    def _compute(self, images: Tensor, prompts: list[str], batch_size: int | None, settings: dict) -> list[Tensor]:
-        "The pyramids of images that are not in the cache."
-        options = {"size": "keep", "batch_size": batch_size, "value_range": (-1, 1)} | settings
-        return super().features(images, prompts, **options)  # type: ignore[misc] # patched on
 
 # %% ../../nbs/experiments/02_ablation.ipynb #36c13878
 @patch
@@ -137,13 +148,13 @@ def captions_that_name(
     "Change captions so that the stated share of them names the class, and the others a wrong one."
     changed = []
     for caption, item in zip(captions, items, strict=True):
-        rng, said = random.Random(item.key), named_class(caption, names)
+        rng, named = random.Random(item.key), named_class(caption, names)
         right, wrong = rng.random() < share, rng.choice([name for name in names if name != item.name])
-        if said and (said == item.name) == right:
+        if named and (named == item.name) == right:
             changed.append(caption)
         else:
             word = item.name if right else wrong
-            changed.append(caption.replace(said, word) if said else f"a photo of a {word}")
+            changed.append(caption.replace(named, word) if named else f"a photo of a {word}")
     return changed
 
 # %% ../../nbs/experiments/02_ablation.ipynb #90cfd13a
@@ -197,14 +208,21 @@ class Trial:
     "A task with its images and captions, ready to be measured again and again."
 
     task: str  # as results tables name it
-    dataset: str
+    dataset: str  # its name
     metric: str  # the number that is compared
     n: int       # test images
+    chance: float | None  # what guessing is expected to score; None where there is no such number
     # model with a fresh head, prompt mode, seed, and changed options of the training → method → what each image scored:
     # (n,) numbers in [0,1], or (n,3,K) counts of pixels
     run: Callable[..., dict[str, np.ndarray]]
 
-    def row(self, setting: str, method: str, scores: np.ndarray | None, seed: int) -> dict[str, Any]:
+    def row(
+        self,
+        setting: str,  # of the ablation
+        method: str,   # as results tables name it
+        scores: np.ndarray | None,  # (n,) numbers in [0,1], or (n,3,K) counts of pixels
+        seed: int,     # of shots, weights and batches
+    ) -> dict[str, Any]:
         "One row for `tables.with_intervals`, which makes the value of the scores; without them it has no number."
         values = (self.task, self.dataset, method, setting, self.metric, float("nan"), seed, self.n)
         return dict(zip(ROW, values, strict=True)) | {"scores": scores}
@@ -253,7 +271,8 @@ def _retrieval_trial(
         train_sbir(model, split, prompts[0], quiet=True, **options)
         return {"U-head": sbir_values(*embed_split(model.embed, split, prompts[1:]), split)["mAP@all"]} | result
 
-    return Trial("sbir", dataset, "mAP@all", len(split_of(0).test_sketches), run)
+    chance = chance_scores(split_of(0))["mAP@all"]
+    return Trial("sbir", dataset, "mAP@all", len(split_of(0).test_sketches), chance, run)
 
 # %% ../../nbs/experiments/02_ablation.ipynb #c80b46de
 def _few_shot_trial(
@@ -287,7 +306,7 @@ def _few_shot_trial(
         near = nearest_class_mean(vectors[train], [items[i].label for i in train], vectors[test])
         return head | {"training-free": hits(near, [items[i].label for i in test])}
 
-    return Trial("fewshot", dataset, "accuracy", len(data.test), run)
+    return Trial("fewshot", dataset, "accuracy", len(data.test), 1 / len(data.names), run)
 
 # %% ../../nbs/experiments/02_ablation.ipynb #5347f26b
 def _segmentation_trial(
@@ -310,7 +329,7 @@ def _segmentation_trial(
         train_segmentation(model, split, prompts[0], quiet=True, **schedule)
         return {"pixel head": confusion_counts(model_labeller(model), split, prompts[1])[0]}
 
-    return Trial("segmentation", dataset, "mIoU", len(split_of(0).test), run)
+    return Trial("segmentation", dataset, "mIoU", len(split_of(0).test), None, run)
 
 # %% ../../nbs/experiments/02_ablation.ipynb #85d0748a
 # task → the data sets it knows, and what makes its trial
@@ -339,7 +358,7 @@ def _trials_for(
 class Ablation:
     "What all settings of an ablation share."
 
-    trials: list[Trial]
+    trials: list[Trial]      # one per task
     options: dict[str, Any]  # of `Vermouth.build`: the frozen parts, loaded once, and the method's defaults
     note: str                # what they are, in words
 
@@ -347,6 +366,11 @@ class Ablation:
     def device(self) -> torch.device:
         "Where the backbone computes."
         return self.options["backbone"].device
+
+    @property
+    def chance(self) -> dict[str, float]:
+        "What guessing is expected to score, for each task that has such a number."
+        return {trial.task: trial.chance for trial in self.trials if trial.chance is not None}
 
     def model(
         self,
@@ -369,15 +393,15 @@ class Ablation:
 
 # %% ../../nbs/experiments/02_ablation.ipynb #e57084cb
 def load_ablation(
-    model: str = "toybox",
-    captioner: str = "toybox",
-    dataset: str = "toybox",
-    root: str | None = None,
-    settings: FeatureSettings = FeatureSettings(),
-    uhead: str = "tiny",
-    expert: Expert | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
+    model: str = "toybox",       # as for `load_backbone`
+    captioner: str = "toybox",   # as for `load_captioner`
+    dataset: str = "toybox",     # "toybox", or a data set that the tasks know
+    root: str | None = None,     # its folder; None for Toybox
+    settings: FeatureSettings = FeatureSettings(),  # of the features, where the page changes none
+    uhead: str = "tiny",         # one of `uhead.ARCHS`
+    expert: Expert | None = None,  # None takes none
+    device: str | None = None,   # None takes the best there is
+    dtype: str = "float32",      # of the frozen parts
     tasks: Sequence[str] = ("sbir", "fewshot"),  # of sbir, fewshot, segmentation
     varied: Sequence[str] = (),  # what the page changes, left out of the note: t, stages, attention, uhead, expert
     **options: Any,              # of the trials: shots, limit, epochs, batch_size, lr
@@ -395,7 +419,7 @@ def load_ablation(
 
 # %% ../../nbs/experiments/02_ablation.ipynb #ca62fafc
 def sweep(
-    ablation: Ablation,
+    ablation: Ablation,                   # from `load_ablation`
     # name → changed arguments of `Ablation.model`; prompt: any of `PROMPT_MODES`, or "published"; train: task → options
     settings: dict[str, dict[str, Any]],
     seeds: Sequence[int],                 # of shots, weights and batches

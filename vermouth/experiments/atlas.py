@@ -161,7 +161,7 @@ def heat_maps(
     "Draw one map per attribute: taps in the order of the pass against time steps."
     names, taps = list(dict.fromkeys(table.attribute)), list(dict.fromkeys(table.tap))
     across = min(6, len(names))
-    fig = Figure(figsize=(10, 0.6 + 2.9 * -(-len(names) // across)), layout="constrained")
+    fig = Figure(figsize=(7.9, 0.6 + 2.6 * -(-len(names) // across)), layout="constrained")
     axs = fig.subplots(-(-len(names) // across), across, squeeze=False)
     ends = {i: tap for i, tap in enumerate(taps) if "." not in tap}
     for ax in axs.flat[len(names) :]:

@@ -7,7 +7,7 @@ __all__ = ['summary', 'claims', 'peak', 'dots', 'curves']
 
 # %% ../../nbs/experiments/01_report.ipynb #8f00d213
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 
 from vermouth.core import choose
 from vermouth.experiments.tables import append_rows, with_interval
+from vermouth.hooks import as_names
 from vermouth.metrics import Interval, paired_difference
+from vermouth.tasks.sbir import CHANCE
 from vermouth.visualize import OKABE_ITO, label_ends
 
 # %% ../../nbs/experiments/01_report.ipynb #65264b88
@@ -37,12 +39,18 @@ def means(
 # %% ../../nbs/experiments/01_report.ipynb #805d821a
 def summary(
     rows: pd.DataFrame,  # from `sweep`, or of a table
+    chance: Mapping[str, float] | None = None,  # task → what guessing is expected to score: the last row
 ) -> pd.DataFrame:       # text in percent, one row per setting, columns (task, method)
     "The table of an ablation: the mean over seeds with its 95 % interval."
     text: dict[tuple, dict] = {key: {} for key in dict.fromkeys(zip(rows.task, rows.method, strict=True))}
     for row in means(rows).itertuples():
         text[row.task, row.method][row.setting] = with_interval(row)
-    return pd.DataFrame(text).reindex(list(dict.fromkeys(rows.setting))).fillna("")
+    levels = chance or {}
+    for (task, _), column in text.items():
+        if task in levels:
+            column[CHANCE] = f"{100 * levels[task]:.1f}"
+    order = [*dict.fromkeys(rows.setting), *([CHANCE] if levels else [])]
+    return pd.DataFrame(text).reindex(order).fillna("")
 
 # %% ../../nbs/experiments/01_report.ipynb #19a40b35
 def _scores(rows: pd.DataFrame, column: str, name: str) -> np.ndarray:  # (S,Q) or (S,Q,3,K), by seed
@@ -107,7 +115,7 @@ def smallest_difference(
 # %% ../../nbs/experiments/01_report.ipynb #e93f44f7
 def peak(
     rows: pd.DataFrame,  # of one task
-    method: str = "U-head",
+    method: str = "U-head",  # whose rows are compared
 ) -> dict[str, str]:
     "The best setting, and those that the seeds do not distinguish from it."
     rows = rows[rows.method == method]
@@ -135,6 +143,24 @@ def standing(
             table[row.method][f"against {other}"] = cell
     return pd.DataFrame.from_dict(table, orient="index")
 
+# %% ../../nbs/experiments/01_report.ipynb #diffrow2
+def difference_rows(
+    rows: Sequence[dict],  # from `with_intervals`
+    method: str,
+    other: str,
+    metric: str,
+) -> list[dict]:           # one row per data set and setting that has both
+    "Return how far a method is ahead of another, by seed and query, as rows of the table."
+    table, found = pd.DataFrame(rows), []
+    table = table[(table.metric == metric) & table.method.isin([method, other]) & table.scores.notna()]
+    for _, part in table.groupby(["dataset", "setting"], sort=False):
+        if part.method.nunique() == 2:
+            d, seeds = difference(part, method, other, "method"), list(dict.fromkeys(part.seed))
+            numbers = {"value": round(d.mean, 5), "low": round(d.low, 5), "high": round(d.high, 5), "seeds": len(seeds)}
+            name = {"method": f"{method} − {other}", "seed": "+".join(map(str, seeds)), "scores": None}
+            found.append(part.iloc[0].to_dict() | numbers | name)
+    return found
+
 # %% ../../nbs/experiments/01_report.ipynb #75cf7b04
 _COLOURS = {"U-head": "#0072B2", "training-free": "#999999", "pixel head": "#D55E00", "caption only": "#E69F00"}
 _TITLES = {"sbir": "retrieval by drawing", "fewshot": "few-shot classification", "segmentation": "segmentation"}
@@ -147,7 +173,7 @@ def _panels(
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:  # each task's axes and rows, values in percent
     "A figure with one panel per task."
     tasks = list(dict.fromkeys(rows.task))
-    fig = Figure(figsize=(2.1 + 2.5 * len(tasks), height), layout="constrained")
+    fig = Figure(figsize=(1.9 + 2 * len(tasks), height), layout="constrained")
     parts = [rows[rows.task == task].assign(percent=lambda r: 100 * r.value) for task in tasks]
     panels = list(zip(fig.subplots(1, len(tasks), sharey=sharey, squeeze=False)[0], parts, strict=True))
     for ax, part in panels:
@@ -192,6 +218,7 @@ def curves(
     at: dict[str, float],                 # setting → its place on the axis
     xlabel: str,                          # what the axis is
     style: dict[str, str] | None = None,  # setting → line, where several share a place
+    chance: Mapping[str, float] | None = None,  # task → what guessing is expected to score: a dotted line
 ) -> Figure:
     "The mean over seeds against a number, with its 95 % interval as a band."
     fig, panels = _panels(rows, 3.2, sharey=False)
@@ -202,6 +229,8 @@ def curves(
         for (method, _), line in part.sort_values("at").groupby(["method", "line"], sort=False):
             ax.fill_between(line["at"], 100 * line.low, 100 * line.high, color=_COLOURS[method], alpha=0.15, lw=0)
         ax.set(xlabel=xlabel, ylabel=f"{part.metric.iloc[0]}, %")
+        if (level := (chance or {}).get(part.task.iloc[0])) is not None:
+            ax.axhline(100 * level, ls=":", c="k", lw=1, label=CHANCE)
     _share_legend(fig, [ax for ax, _ in panels])
     return fig
 
@@ -211,7 +240,7 @@ def training_curves(
     titles: dict[str, str],  # column → title; one panel each
 ) -> Figure:
     "Draw numbers of each epoch, one line per method, named at the ends of the last panel's."
-    fig = Figure(figsize=(4.4 + 2.5 * len(titles), 2.7), layout="constrained")
+    fig = Figure(figsize=(3.5 + 2.2 * len(titles), 2.7), layout="constrained")
     methods = list(dict.fromkeys(history.method))
     for ax, (column, title) in zip(fig.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
         for name, colour in zip(methods, OKABE_ITO, strict=False):
@@ -233,3 +262,21 @@ def record(
     "Append the rows to a results table; the note follows each setting."
     rows = rows.assign(setting=rows.setting + " | " + note)
     return pd.DataFrame(append_rows(path, rows.to_dict("records"), device, time.time() - started))
+
+# %% ../../nbs/experiments/01_report.ipynb #4a02b2b9
+class _Prose(str):
+    "Text that a notebook shows as Markdown."
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+# %% ../../nbs/experiments/01_report.ipynb #a2d73eb8
+def reading(
+    text: str,                 # Markdown
+    *used: str | list[str],    # the run's model and data set, or several of each
+) -> _Prose:                   # the text, or that it is left out
+    "Return what a page says about its numbers, unless this run has another model or other data than Toybox's."
+    others = [name for value in used for name in as_names(value) if name != "toybox"]
+    if not others:
+        return _Prose(text)
+    return _Prose(f"*What this page says about its run on Toybox is left out: this one is of {', '.join(others)}.*")

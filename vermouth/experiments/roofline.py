@@ -104,7 +104,7 @@ def _predicted(
 
 # %% ../../nbs/experiments/05_roofline.ipynb #0355725f
 def by_kind(
-    operations: list[Operation],
+    operations: list[Operation],  # from `record_operations`
     rate: float,            # operations per second
     bandwidth: float,       # bytes per second
 ) -> list[dict[str, Any]]:  # kind, seconds, predicted, operations
@@ -122,7 +122,7 @@ def by_kind(
 class Step:
     "One change on the way from the plain pass to ours."
 
-    name: str
+    name: str             # of the row
     # latents (B,C,h,w) and captions (B,T,D) in, features out
     way: Callable[[Backbone, Tensor, Tensor], list[Tensor]] = our_way
     # of the backbone or the process, for this step and all after it
@@ -163,8 +163,8 @@ def waterfall(
     bb: Backbone,           # float32; left as the last step has made it
     side: int = 256,        # of the images in pixels
     batch: int = 8,         # images at a time, for the batched steps
-    steps: Sequence[Step] = STEPS,
-    repeats: int = 3,
+    steps: Sequence[Step] = STEPS,  # in this order
+    repeats: int = 3,       # of each measurement; the fastest counts
     plain_batch: int = 1,   # images at a time in the other steps
     seed: int = 0,          # of the inputs
 ) -> list[dict[str, Any]]:  # one row per step; numbers per image, but for `lines`, the operations of a pass
@@ -255,7 +255,7 @@ def steps_panel(
     bandwidth: float,         # bytes per second
 ) -> Figure:
     "Draw measured and predicted seconds of each step, and the steps under the rooflines."
-    fig = Figure(figsize=(9.4, 4.2), layout="constrained")
+    fig = Figure(figsize=(7.9, 4.2), layout="constrained")
     left, right = fig.subplots(1, 2)
     _draw_steps(left, table)
     handles, names = left.get_legend_handles_labels()

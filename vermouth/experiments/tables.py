@@ -68,7 +68,7 @@ def provenance(
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 
 # %% ../../nbs/experiments/00_tables.ipynb #4c4d5810
-def escape_formula(cell: Any) -> Any:
+def escape_formula(cell: object) -> object:
     "Return a cell for a CSV file, with ' before what a spreadsheet would run."
     if not isinstance(cell, str) or not _FORMULA.match(cell):
         return cell
@@ -77,7 +77,7 @@ def escape_formula(cell: Any) -> Any:
     return f"'{cell}"
 
 # %% ../../nbs/experiments/00_tables.ipynb #6b47de67
-def unescape_formula(cell: Any) -> Any:
+def unescape_formula(cell: object) -> object:
     "Return a cell of a CSV file as it was before `escape_formula`."
     return cell[1:] if isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell) else cell
 
@@ -230,15 +230,24 @@ def with_interval(row: Any) -> str:  # of a table, with `value` and the columns 
     return f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]{seeds}"
 
 # %% ../../nbs/experiments/00_tables.ipynb #6a5ac6d3
+def by_column(
+    rows: pd.DataFrame,  # of one page, in the order of the runs
+    metric: str,         # as in the column of this name
+    column: str,         # whose values are the columns of the table
+) -> pd.DataFrame:       # text in percent; rows methods
+    "Return the newest number of each method with its 95 % interval and the number of seeds."
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *INTERVAL]))).fillna({"seeds": 1})  # of earlier versions
+    rows = rows[rows.metric == metric]
+    table: dict[str, dict[str, str]] = {}
+    for (name, method), group in rows.groupby([column, "method"], sort=False):
+        newest = group[group.setting == group.setting.iloc[-1]]
+        table.setdefault(name, {})[method] = with_interval(newest[newest.seeds == newest.seeds.max()].iloc[-1])
+    return pd.DataFrame(table).reindex(list(dict.fromkeys(rows.method))).fillna("")
+
+# %% ../../nbs/experiments/00_tables.ipynb #bycol002
 def by_protocol(
     rows: pd.DataFrame,  # of one page and one data set, in the order of the runs
-    metric: str,
+    metric: str,         # as in the column of this name
 ) -> pd.DataFrame:       # text in percent; rows methods, columns protocols
     "Return one number of each method under both protocols, with its 95 % interval and the number of seeds."
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *INTERVAL]))).fillna({"seeds": 1})  # of earlier versions
-    rows = rows[rows.metric == metric].assign(protocol=rows.setting.map(protocol_of))
-    table: dict[str, dict[str, str]] = {}
-    for (protocol, method), group in rows.groupby(["protocol", "method"], sort=False):
-        newest = group[group.setting == group.setting.iloc[-1]]
-        table.setdefault(protocol, {})[method] = with_interval(newest[newest.seeds == newest.seeds.max()].iloc[-1])
-    return pd.DataFrame(table).reindex(list(dict.fromkeys(rows.method))).fillna("")
+    return by_column(rows.assign(protocol=rows.setting.map(protocol_of)), metric, "protocol")

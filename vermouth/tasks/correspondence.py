@@ -58,7 +58,7 @@ def match_points(
     target: Tensor,                # (C,h,w) of the target
     points: Tensor,                # (N,2) x and y in pixels of the source
     source_size: tuple[int, int],  # (height, width) in pixels
-    target_size: tuple[int, int],
+    target_size: tuple[int, int],  # likewise, of the target
     window: int = 1,               # side in pixels of the window of the soft-argmax; 1 takes the maximum alone
 ) -> Tensor:                       # (N,2) x and y in pixels of the target
     "Return for each point the place of the target whose features are nearest by cosine."
@@ -81,7 +81,7 @@ Reader = Callable[[Sequence[Image.Image]], Tensor]  # B images → (B,C,h,w) fea
 
 
 def backbone_reader(
-    backbone: Backbone,
+    backbone: Backbone,           # whose maps are read
     size: int,                    # side in pixels that images are resized to
     levels: Sequence[int] = (),   # of the pyramid, lowest resolution (0) first; none: all
     prompts: str | None = None,   # one for all images
@@ -152,7 +152,7 @@ def in_crops(
     reader: Reader,        # reads an image of any content at its own size
     share: float = 0.625,  # side of each of the four crops as a share of the image's
 ) -> Reader:               # (B,C,2h,2w)
-    "Return a reader of four overlapping crops per image, averaged where they overlap."
+    "Return a reader of four overlapping crops per image, averaged. Raises VermouthError if they leave gaps."
     if not 0.5 <= share <= 1:
         raise VermouthError(f"share={share}: four crops would not cover the image. Pass 0.5 to 1.")
 
@@ -192,7 +192,7 @@ def score_matches(
 # %% ../../nbs/tasks/03_correspondence.ipynb #24fe005d
 @torch.inference_mode()
 def evaluate_correspondence(
-    reader: Reader,
+    reader: Reader,                         # images → maps, as `backbone_reader` makes it
     pairs: Sequence[PointPair],             # from `load_correspondence`
     alphas: Sequence[float] = (0.1, 0.05),  # tolerances as shares of the object's extent
     window: int = 1,                        # side in pixels of the soft-argmax's window
@@ -211,8 +211,8 @@ def evaluate_correspondence(
 # %% ../../nbs/tasks/03_correspondence.ipynb #fbbc73b3
 @torch.inference_mode()
 def sweep_taps(
-    backbone: Backbone,
-    pairs: Sequence[PointPair],
+    backbone: Backbone,               # whose maps are read
+    pairs: Sequence[PointPair],       # from `load_correspondence`
     size: int,                        # side in pixels that images are resized to
     timesteps: Sequence[int],         # each read by itself
     choices: dict[str, list[int]],    # name → levels of the pyramid that are joined
@@ -274,7 +274,7 @@ def matches_panel(
     pairs: Sequence[PointPair],            # one column each
 ) -> Figure:
     "A picture of matches: the source with its points, and where each reader puts them; crosses are wrong."
-    figure = Figure(figsize=(1.5 * len(pairs), 1.6 * (1 + len(readers))), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(pairs), 2 * (1 + len(readers))), layout="constrained")
     axes = figure.subplots(1 + len(readers), len(pairs), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -282,14 +282,14 @@ def matches_panel(
         images, colours = pair.images, [f"C{i % 10}" for i in range(len(pair.source_points))]
         before, after = ((image.height, image.width) for image in images)
         column[0].imshow(images[0])
-        column[0].scatter(*pair.source_points.T, c=colours, s=14, edgecolors="w", linewidths=0.5)
+        column[0].scatter(*pair.source_points.T, c=colours, s=45, edgecolors="w", linewidths=0.8)
         for ax, reader in zip(column[1:], readers.values(), strict=True):
             source, target = reader(images)
             found = match_points(source, target, torch.from_numpy(pair.source_points), before, after).cpu().numpy()
             right = np.linalg.norm(found - pair.target_points, axis=1) <= 0.1 * pair.extent
             ax.imshow(images[1])
             for point, good, colour in zip(found, right, colours, strict=True):
-                ax.scatter(*point, c=colour, marker="o" if good else "x", s=16)
+                ax.scatter(*point, c=colour, marker="o" if good else "X", s=45, edgecolors="w", linewidths=0.8)
     for ax, name in zip(axes[:, 0], ["source", *readers], strict=True):
         ax.set_ylabel(name, fontsize=9)
     return figure

@@ -17,10 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
 from matplotlib.figure import Figure
 from PIL import ImageOps
 from torch import Tensor, nn
@@ -30,9 +28,9 @@ from tqdm.auto import tqdm
 from ..backbone import Backbone
 from vermouth.baselines import (
     Bottleneck,
+    Embed,
     clap,
     embed_items,
-    expert_embedder,
     image_embedder,
     linear_probe,
     lp_plus_plus,
@@ -56,8 +54,8 @@ from ..data.items import Item
 from ..diffusion import check_timesteps
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #4c36c5db
-from ..expert import load_expert
-from ..hooks import pyramid
+from ..families.base import Conditioning, tensors_of
+from ..hooks import read_pyramid
 from ..images import FITS, centre_crop, image_batch
 from ..metrics import accuracy, hits, interval
 from ..model import Vermouth
@@ -92,7 +90,7 @@ class StudyFeatures:
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #ba511dff
 def study_items(
-    data: FewShotData,
+    data: FewShotData,     # from `load_fewshot`
     shots: Iterable[int],  # all numbers of shots
     seeds: Iterable[int],  # all seeds
 ) -> list[Item]:
@@ -135,7 +133,7 @@ def _in_memory(
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #4158121b
 def read_study(
-    model: Vermouth,
+    model: Vermouth,                       # whose frozen parts read the images
     items: Sequence[Item],                 # from `study_items`
     prompts: Sequence[str] | None = None,  # one per image; None makes them by `model.prompt`
     out: str | Path | None = None,         # folder of stores, where an unfinished one is resumed; None keeps memory
@@ -207,7 +205,7 @@ def untrained_copy(
     frozen = model.clip, model.captioner, model.settings, model.prompt, model.size, expert
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = UHead(u.in_dims, model.clip.dim, u.arch, u.fuse, u.out_res, u.widths, u.protocol)
+        head = UHead(u.in_dims, model.clip.dim, u.arch, u.fuse, u.out_res, u.widths, u.protocol, u.times)
         return Vermouth(model.backbone, head, *frozen, model.normalise)
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #602f0067
@@ -246,12 +244,12 @@ class DrawnViews:
 # %% ../../nbs/tasks/01_fewshot.ipynb #9cdfe8f5
 def train_few_shot(
     model: Vermouth,                # left as it is
-    data: FewShotData,
-    reading: StudyFeatures,
+    data: FewShotData,              # from `load_fewshot`
+    reading: StudyFeatures,         # from `read_study`
     shots: int = 16,                # images per class
     seed: int = 1,                  # of shots, weights and batches
-    epochs: int = 100,
-    batch_size: int = 64,
+    epochs: int = 100,              # over the shots
+    batch_size: int = 64,           # images of a step
     lr: float = 1e-4,               # the paper's
     classes: Tensor | None = None,  # (K,D); None: the protocol's
     protocol: str | None = None,    # of the loss and the classes; None: the model's
@@ -307,20 +305,28 @@ class TunedNorms(nn.Module):
         model: Vermouth,  # its U-head is trained in place, its U-Net is copied
     ):
         super().__init__()
-        self.head, self.unet, settings = model, copy.deepcopy(model.backbone.unet), model.settings
-        steps = check_timesteps(settings.timesteps, len(model.backbone.alphas))
+        bb, steps = model.backbone, check_timesteps(model.settings.timesteps, len(model.backbone.alphas))
+        if bb.family.kind.denoiser != "unet":
+            what = f"a U-Net's normalisation layers learn, and {bb.family.title} has a transformer"
+            raise VermouthError(f"train_norms=True: {what}. Pass train_norms=False, or a model with a U-Net.")
         if len(steps) > 1:
             raise VermouthError(f"timesteps={steps}: train_norms reads the U-Net once a step. Pass one time step.")
-        self.read = partial(pyramid, timestep=steps[0], stages=settings.stages, attention=settings.attention)
+        self.head, self.unet, self.step, self.family = model, copy.deepcopy(bb.unet), steps[0], copy.copy(bb.family)
+        self.family.denoiser = self.unet
+        self.extra = list(getattr(bb.encode_text(""), "extra", {}))  # what the U-Net reads beside the hidden states
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_("norm" in name)
 
     def forward(
         self,
-        maps: Sequence[Tensor],  # (B,C,h,w) noised latents, (B,T,D) hidden states, the expert's maps
+        maps: Sequence[Tensor],  # (B,C,h,w) noised latents, (B,T,D) hidden states, pooled captions, the expert's maps
     ) -> Tensor:                 # (B,D)
         latents, context, *rest = maps
-        return self.head([*self.read(self.unet, latents, context=context), *rest])
+        more, rest = dict(zip(self.extra, rest, strict=False)), rest[len(self.extra) :]
+        condition, settings = Conditioning(context, more) if more else context, self.head.settings
+        run = partial(self.family.denoise, latents, self.step, condition)
+        layout, taken = (self.unet, self.family.places(), self.family.table), (settings.stages, settings.attention)
+        return self.head([*read_pyramid(*layout, run, latents.shape[-2:], latents.dtype, *taken), *rest])
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #ae5ff0a3
 def live_inputs(
@@ -335,7 +341,7 @@ def live_inputs(
         pixels, context = image_batch(images, model.size), bb.encode_text(texts)
         latents = bb.latents_at(bb.encode_images(pixels, value_range=(-1, 1)), step, context, model.settings)
         maps = model.expert(pixels, (-1, 1)) if model.expert else []
-        parts.append([m.cpu() for m in (latents, context, *maps)])
+        parts.append([m.cpu() for m in (latents, *tensors_of(context), *maps)])
     return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #babb3741
@@ -392,7 +398,7 @@ def few_shot_scores(
 # %% ../../nbs/tasks/01_fewshot.ipynb #a9ea9a20
 def few_shot_accuracy(
     model: Vermouth,   # left as it is
-    data: FewShotData,
+    data: FewShotData,  # from `load_fewshot`
     shots: int = 16,   # images per class
     seed: int = 1,     # of shots, weights and batches
     **options: Any,    # of `few_shot_scores`: epochs, batch_size, lr, reading, prompts, classes, protocol, …
@@ -414,13 +420,15 @@ def _embeddings(
     model: Vermouth,
     reading: StudyFeatures,
     title: str = "",     # of the progress bar; empty shows none
+    others: Mapping[str, Embed] | None = None,  # of other frozen networks, by name
 ) -> dict[str, Tensor]:  # name → (N,D), one vector per image
     n = len(model.dims)
     vectors = {"same features": pooled_levels(reading)}
     if model.expert and model.expert.frozen:
         vectors["expert only"] = pooled_levels(reading, slice(n, n + 1))
-    for name, tower in (("CLIP", image_embedder), ("caption", prompt_embedder)):
-        vectors[name] = embed_items(tower(model.clip), reading.items, reading.prompts, title and name)
+    towers = {"CLIP": image_embedder(model.clip), "caption": prompt_embedder(model.clip)} | dict(others or {})
+    for name, embed in towers.items():
+        vectors[name] = embed_items(embed, reading.items, reading.prompts, title and name)
     return vectors
 
 # %% ../../nbs/tasks/01_fewshot.ipynb #138b1bc6
@@ -489,15 +497,16 @@ def bottleneck_scores(
 # %% ../../nbs/tasks/01_fewshot.ipynb #e682a858
 def baseline_rows(
     model: Vermouth,           # whose CLIP and expert are used
-    data: FewShotData,
-    reading: StudyFeatures,
-    shots: Sequence[int],
-    seeds: Sequence[int],
+    data: FewShotData,         # from `load_fewshot`
+    reading: StudyFeatures,    # from `read_study`
+    shots: Sequence[int],      # images per class, a row each
+    seeds: Sequence[int],      # of shots and weights, a row each
     title: str = "baselines",  # of the progress bars; empty shows none
+    others: Mapping[str, Embed] | None = None,  # of other frozen networks, by name, as from `network_embedders`
     **options: Any,            # of the bottlenecks' training, as for `train_head`
 ) -> list[Row]:
     "Measure what would have been enough, from no training at all to a linear classifier."
-    x = _embeddings(model, reading, title)
+    x, others = _embeddings(model, reading, title, others), others or {}
     bottleneck = partial(bottleneck_scores, classes=few_shot_classes(model, data), **options)
 
     def probe(sources, by=linear_probe):
@@ -508,7 +517,9 @@ def baseline_rows(
         *probe({"linear probe on the same features": "same features"}),
         *probe({"training-free nearest class mean": "same features"}, nearest_class_mean),
         *probe({"expert only, linear probe": "expert only", "CLIP linear probe": "CLIP"}),
+        *probe({f"{name}, linear probe": name for name in others}),
         *probe({"expert, trained bottleneck": "expert only", "CLIP, trained bottleneck": "CLIP"}, bottleneck),
+        *probe({f"{name}, trained bottleneck": name for name in others}, bottleneck),
         _zero_shot_row("CLIP zero-shot", x["CLIP"], data, model, reading),
         *probe({"caption only, linear probe": "caption"}),
         _zero_shot_row("caption only", x["caption"], data, model, reading),
@@ -611,36 +622,6 @@ def plus_rows(
         rows.append(scored_row("Vermouth+ (ours)", k, seed, scores, truth))
     return rows
 
-# %% ../../nbs/tasks/01_fewshot.ipynb #4238461e
-TIMM = {
-    "MAE-L": "vit_large_patch16_224.mae",
-    "ConvNeXtV2-L": "convnextv2_large.fcmae_ft_in22k_in1k",
-    "SwinV2-L": "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k",
-    "DINO-B": "vit_base_patch16_224.dino",
-    "DINOv2-B": "vit_base_patch14_dinov2.lvd142m",
-    "BEiTv2-L": "beitv2_large_patch16_224.in1k_ft_in22k",
-}
-
-# %% ../../nbs/tasks/01_fewshot.ipynb #e37e36a2
-def timm_embeddings(
-    reading: StudyFeatures,
-    device: str | torch.device | None = None,   # None takes the best there is
-    title: str = "",                            # of the progress bars; empty shows none
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # name → (N,D); name → why it is left out
-    "Average the last map of each backbone over positions, where its weights are on this machine."
-    vectors, absent = {}, {}
-    for name, source in TIMM.items():
-        repo = timm.get_pretrained_cfg(source).hf_hub_id
-        if not isinstance(try_to_load_from_cache(repo, "model.safetensors"), str):
-            absent[name] = f"no weights here; fetch them with: hf download {repo} model.safetensors"
-            continue
-        try:
-            embed = expert_embedder(load_expert(source, device=device), 224)
-            vectors[name] = embed_items(embed, reading.items, reading.prompts, title and name)
-        except VermouthError as e:
-            absent[name] = str(e)
-    return vectors, absent
-
 # %% ../../nbs/tasks/01_fewshot.ipynb #2a188e11
 def study_models(
     backbone: Backbone,
@@ -668,11 +649,11 @@ def affordable_epochs(
 # %% ../../nbs/tasks/01_fewshot.ipynb #754a7949
 def trained_rows(
     models: Mapping[str, tuple[Vermouth, StudyFeatures]],  # method → untrained model and what it read
-    data: FewShotData,
+    data: FewShotData,                                     # from `load_fewshot`
     epochs: Mapping[int, int],                             # shots → epochs
-    seeds: Sequence[int],
-    batch_size: int = 64,
-    lr: float = 1e-4,
+    seeds: Sequence[int],                                  # of shots, weights and batches
+    batch_size: int = 64,                                  # images of a step
+    lr: float = 1e-4,                                      # learning rate; the paper's
     title: str = "training",                               # of the progress bar; empty shows none
     **options: Any,                                        # of `train_few_shot`
 ) -> list[Row]:
@@ -725,7 +706,7 @@ def study_curves(
     marked: Sequence[str] = (),  # methods that are not results, drawn dashed
 ) -> Figure:
     "Draw accuracy against shots, with 95 % intervals; methods without shots are level lines."
-    table, fig = pd.DataFrame(rows), Figure(figsize=(9.4, 4.8), layout="constrained")
+    table, fig = pd.DataFrame(rows), Figure(figsize=(7.9, 4.8), layout="constrained")
     ax, trained = fig.subplots(), table[table.shots > 0]
     for i, (name, part) in enumerate(trained.groupby("method", sort=False)):
         each = study_intervals(part.to_dict("records")).loc[name]

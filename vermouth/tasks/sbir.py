@@ -75,12 +75,12 @@ def sbir_recipe(
 # %% ../../nbs/tasks/00_sbir.ipynb #ccf7e19f
 def train_sbir(
     model: Vermouth,                                      # its U-head is trained in place
-    split: SketchSplit,
+    split: SketchSplit,                                   # from `load_sbir`
     prompts: Sequence[str] | None = None,                 # of train_sketches, then of train_photos; None makes them
-    epochs: int = 1,
+    epochs: int = 1,                                      # over the training images
     batch_size: int = 64,                                 # images of a step
-    seed: int = 0,
-    lr: float = 1e-4,
+    seed: int = 0,                                        # of batches and of what is held back
+    lr: float = 1e-4,                                     # learning rate; the paper's
     log: Path | None = None,                              # CSV file of the epochs
     quiet: bool = False,                                  # no progress bars
     features: Sequence[Tensor] | Features | None = None,  # of the training images; None reads them
@@ -115,7 +115,7 @@ def sbir_values(
 def evaluate_sbir(
     queries: Tensor,                 # (Q,D) features of the unseen sketches
     gallery: Tensor,                 # (N,D) features of the unseen photos
-    split: SketchSplit,
+    split: SketchSplit,              # whose labels say what is right
     ks: Sequence[int] = (100, 200),  # those larger than the gallery are left out
 ) -> dict[str, float]:               # "mAP@all", "mAP@all, class mean", "mAP@100", "P@100", …
     "Return the retrieval numbers of one method, each in [0,1]."
@@ -123,8 +123,8 @@ def evaluate_sbir(
 
 # %% ../../nbs/tasks/00_sbir.ipynb #f263ad99
 def embed_split(
-    embed: Embed,
-    split: SketchSplit,
+    embed: Embed,                      # images and prompts → (B,D)
+    split: SketchSplit,                # whose test images are embedded
     prompts: Sequence[Sequence[str]],  # of the test sketches and of the test photos
     title: str = "",                   # of the progress bar; empty shows none
 ) -> tuple[Tensor, Tensor]:            # (Q,D) of the test sketches, (N,D) of the test photos
@@ -137,12 +137,12 @@ def embed_split(
 # %% ../../nbs/tasks/00_sbir.ipynb #c58d46c2
 def run_sbir(
     model: Vermouth,                                 # its U-head is trained in place
-    split: SketchSplit,
+    split: SketchSplit,                              # from `load_sbir`
     prompts: Sequence[Sequence[str]] | None = None,  # of training images, test sketches, test photos; None makes them
-    epochs: int = 1,
+    epochs: int = 1,                                 # over the training images
     batch_size: int = 64,                            # images of a step
-    seed: int = 0,
-    lr: float = 1e-4,
+    seed: int = 0,                                   # of batches and of what is held back
+    lr: float = 1e-4,                                # learning rate; the paper's
     **options: Any,                                  # of `train_sbir`: protocol, held, scale, …
 ) -> dict[str, float]:                               # as from `evaluate_sbir`
     "Train one model and measure it on the unseen classes: one point of an ablation."
@@ -155,18 +155,20 @@ def run_sbir(
 # %% ../../nbs/tasks/00_sbir.ipynb #ae3c1b71
 def train_bottlenecks(
     model: Vermouth,          # whose expert, CLIP and size are used
-    split: SketchSplit,
+    split: SketchSplit,       # whose training images are used
     prompts: Sequence[str],   # of train_sketches, then of train_photos; no network reads them
-    epochs: int = 1,
+    epochs: int = 1,          # over the training images
     batch_size: int = 64,     # images of a step
     seed: int = 0,            # of weights and batches
-    lr: float = 1e-4,
+    lr: float = 1e-4,         # learning rate; the paper's
+    others: Mapping[str, Embed] | None = None,  # of other frozen networks, by name, as from `network_embedders`
     **options: Any,           # of `train_head`, instead of the protocol's
 ) -> dict[str, Embed]:        # name → embedding
     "Return frozen networks with a bottleneck that was trained as the U-head is."
     towers = {"CLIP image tower": image_embedder(model.clip)}
     if model.expert:
         towers = {"expert": expert_embedder(model.expert, model.size)} | towers
+    towers |= others or {}
     items, device = [*split.train_sketches, *split.train_photos], model.backbone.device
     classes = class_embeddings(split.seen, model.clip).to(device)
     groups = np.repeat([0, 1], [len(split.train_sketches), len(split.train_photos)])
@@ -234,7 +236,7 @@ def _table(values: Values, split: SketchSplit) -> pd.DataFrame:  # one row of nu
 # %% ../../nbs/tasks/00_sbir.ipynb #db70ed18
 def compare_sbir(
     models: dict[str, Vermouth],  # by name, trained; the prompts, CLIP and settings of the first serve all
-    split: SketchSplit,
+    split: SketchSplit,           # from `load_sbir`
     **options: Any,               # of `compare_features`: seed, quiet, more, prompts, known
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], pd.DataFrame]:  # features by method; one row of numbers per method
     "Measure trained models and all baselines on the unseen classes, from one set of prompts."
@@ -401,6 +403,7 @@ def study_sbir(
     stores: str | Path,               # folder of the kept features
     seed: int = 0,                    # of weights and batches
     before: SbirRun | None = None,    # an earlier run of the same protocol
+    others: Mapping[str, Embed] | None = None,  # of other frozen networks, as for `train_bottlenecks`
     **options: Any,                   # of `train_sbir`: epochs, batch_size, lr, scale, temperature
 ) -> SbirRun:
     "Train all models and the bottlenecks, and measure them beside all baselines."
@@ -413,18 +416,18 @@ def study_sbir(
     }
     epochs = [train_sbir(m, split, features=features[m.backbone], **options) for m in models.values()]
     history = pd.concat([part.assign(method=name) for name, part in zip(models, epochs, strict=True)])
-    more = train_bottlenecks(first, split, prompts, **options)
+    more = train_bottlenecks(first, split, prompts, others=others, **options)
+    more |= {f"{name} only": embed for name, embed in (others or {}).items()}
     started: dict[str, StartedModel] = {}
     if first.protocol == "ours":
         own = {name: m for name, m in models.items() if m.backbone is first.backbone}  # with the expert and without
         started = {f"{name}, {START}": start_sbir(m, split, features[m.backbone]) for name, m in own.items()}
     every = models | {name: s.model for name, s in started.items()}
-    tests, known = (split.test_sketches, split.test_photos), {}
-    if before and item_ids(sum(tests, [])) == item_ids([*before.split.test_sketches, *before.split.test_photos]):
-        test_prompts = before.prompts
-        known = {name: pair for name, pair in before.vectors.items() if name not in {**every, **more}}
-    else:
-        test_prompts = [prompts_for(first, part) for part in tests]
+    tests = split.test_sketches, split.test_photos
+    if before and item_ids(sum(tests, [])) != item_ids([*before.split.test_sketches, *before.split.test_photos]):
+        before = None
+    test_prompts = before.prompts if before else [prompts_for(first, part) for part in tests]
+    known = {name: pair for name, pair in before.vectors.items() if name not in {**every, **more}} if before else {}
     vectors = compare_features(every, split, more=more, prompts=test_prompts, known=known)
     if started:
         best, scales = plus_scales([*started.values()], split, prompts)
@@ -459,7 +462,7 @@ def typical_queries(
 # %% ../../nbs/tasks/00_sbir.ipynb #f04ad0d2
 def hits_panel(
     features: tuple[Tensor, Tensor],  # of the test sketches and of the test photos, from `embed_split`
-    split: SketchSplit,
+    split: SketchSplit,               # of the same images
     queries: int | Sequence[int] = 6,  # rows: how many typical queries, or which
     hits: int = 8,                    # photos per row
 ) -> Figure:
@@ -469,7 +472,7 @@ def hits_panel(
     scores = sketches @ photos.T
     rows = typical_queries(scores, labels[0], labels[1], queries) if isinstance(queries, int) else list(queries)
     order = scores[rows].argsort(dim=1, descending=True, stable=True)
-    fig = Figure(figsize=(1.06 * (hits + 1), 1.2 * len(rows)))
+    fig = Figure(figsize=(0.87 * (hits + 1), 1.03 * len(rows)))
     axs = fig.subplots(len(rows), hits + 1, squeeze=False)
     for row, line, found in zip(rows, axs, order.tolist()):
         query = split.test_sketches[row]

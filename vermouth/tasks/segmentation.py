@@ -28,6 +28,7 @@ from ..core import PROTOCOLS, VermouthError, choose, lock_of, resize_maps, seed_
 from ..data.extraction import image_of, in_chunks, item_ids
 from ..data.masks import MaskItem, pair
 from ..data.segmentation import MaskSplit, MaskView, random_views
+from ..expert import Expert
 from ..images import image_batch, image_tensor
 from ..metrics import Statistic, class_ious, confusion, mean_of_ious
 from ..model import Vermouth
@@ -117,22 +118,22 @@ def with_views(
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #03548c1b
 class LiveFeatures:
-    "Maps of a list of items, read by a model whenever a batch asks for them: for views that no disk can hold."
+    "Maps of a list of items, read whenever a batch asks for them: for views that no disk can hold."
 
     def __init__(
         self,
-        model: Vermouth,         # frozen
+        read: Callable[[list, list[str]], list[Tensor]],  # images and their prompts → maps, as `Vermouth.read`
         items: Sequence[Any],    # N images, or items with an `image`
         prompts: Sequence[str],  # one per item
     ):
-        self.model, self.items, self.prompts = model, items, prompts
+        self.read, self.items, self.prompts = read, items, prompts
         self.shapes = [tuple(m.shape[1:]) for m in self.batch([0])]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batch(self, indices: Sequence[int]) -> list[Tensor]:  # (B,C,h,w) per level
-        return self.model.read([image_of(self.items[i]) for i in indices], [self.prompts[i] for i in indices])
+        return self.read([image_of(self.items[i]) for i in indices], [self.prompts[i] for i in indices])
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #b115b7c2
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def train_on_masks(
 # %% ../../nbs/tasks/02_segmentation.ipynb #d7fe4304
 def train_segmentation(
     model: Vermouth,                       # with a segmentation head, which is trained in place
-    split: MaskSplit,
+    split: MaskSplit,                      # from `load_segmentation`
     prompts: Sequence[str] | None = None,  # of split.train; None makes them
     features: Sequence[Tensor] | Features | None = None,  # of split.train, from `read_items`; None reads them
     adapters: bool = True,                 # train the expert's adapters too
@@ -260,8 +261,8 @@ Counts = tuple[np.ndarray, np.ndarray]  # (N,3,K) with all names; (N,3,U) of uns
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #23ed1060
 def confusion_counts(
-    label: Labeller,
-    split: MaskSplit,
+    label: Labeller,         # images and prompts → masks
+    split: MaskSplit,        # whose test images are counted
     prompts: Sequence[str],  # of split.test
     title: str = "",         # of the progress bar; empty shows none
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,3,K) right, predicted, true; (N,3,U) of the unseen names alone
@@ -305,7 +306,7 @@ def segmentation_statistics(split: MaskSplit) -> dict[str, tuple[int, Statistic]
 # %% ../../nbs/tasks/02_segmentation.ipynb #c655eccc
 def segmentation_scores(
     counts: tuple[np.ndarray, np.ndarray],  # from `confusion_counts`
-    split: MaskSplit,
+    split: MaskSplit,                       # of the same images
 ) -> dict[str, float]:                      # each in [0,1]
     "Return mean IoU over the classes that occur, and pixel accuracy. Raises VermouthError without labelled pixels."
     if not counts[0].any():
@@ -431,10 +432,26 @@ def majority_labeller(split: MaskSplit) -> Labeller:
 
     return _constant_labeller(choose_class)
 
+# %% ../../nbs/tasks/02_segmentation.ipynb #seghd001
+def _train_like(
+    model: Vermouth,  # whose head's width and decoder are taken
+    maps: Features,   # of split.train
+    masks: Targets,   # from `masks_for`
+    split: MaskSplit,
+    seed: int,        # of the head's weights too
+    **options: Any,   # of `train_head`
+) -> DenseHead:
+    seed_everything(seed)
+    like = model.segmentation_head
+    dims = [channels for channels, *_ in maps.shapes]
+    head = DenseHead(dims, model.clip.dim, like.width, like.protocol, decoder=like.decoder)
+    train_on_masks(head, maps, masks, split, model, seed=seed, **options)
+    return head
+
 # %% ../../nbs/tasks/02_segmentation.ipynb #13005f17
 def train_expert_head(
     model: Vermouth,                        # whose frozen expert, CLIP and size are used
-    split: MaskSplit,
+    split: MaskSplit,                       # from `load_segmentation`
     features: Sequence[Tensor] | Features,  # of split.train, as `model` reads them: the pyramid, then the expert's
     seed: int = 0,                          # of the head's weights too
     quiet: bool = False,                    # no progress bar
@@ -443,12 +460,43 @@ def train_expert_head(
     "Train a segmentation head on the expert's maps alone."
     masks = masks_for(features, split, model.size)
     maps = LevelSubset(maps_for(model, features), slice(len(model.dims), None))
-    seed_everything(seed)
-    like = model.segmentation_head
-    dims, decoder = [channels for channels, *_ in maps.shapes], like.decoder
-    head = DenseHead(dims, model.clip.dim, like.width, like.protocol, decoder=decoder)
-    train_on_masks(head, maps, masks, split, model, seed=seed, quiet=quiet, **options)
-    return head
+    return _train_like(model, maps, masks, split, seed, quiet=quiet, **options)
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #seghd003
+def network_maps(
+    network: Expert,
+    size: int | None,    # side that images are resized to, in pixels
+    images: list,
+    prompts: list[str],  # not read
+) -> list[Tensor]:       # (B,C,h,w), lowest resolution first
+    return network(image_batch(images, size), (-1, 1))
+
+
+@dataclass(frozen=True)
+class NetworkHead:
+    "A frozen network, and a segmentation head on its maps."
+
+    network: Expert
+    head: DenseHead
+    size: int | None  # side that images are resized to, in pixels
+
+    def vectors(self, images: list, prompts: list[str]) -> Tensor:  # (B,D,h,w)
+        return self.head(network_maps(self.network, self.size, images, prompts))
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #seghd004
+def train_network_head(
+    model: Vermouth,       # whose CLIP, size and head's decoder are taken
+    network: Expert,       # frozen
+    split: MaskSplit,      # from `load_segmentation`
+    seed: int = 0,         # of the head's weights too
+    quiet: bool = False,   # no progress bar
+    **options: Any,        # of `train_head`
+) -> NetworkHead:
+    "Train a segmentation head on the maps of any network, read whenever a batch asks for them."
+    maps = LiveFeatures(partial(network_maps, network, model.size), split.train, [""] * len(split.train))
+    masks = masks_for(maps, split, model.size)
+    head = _train_like(model, maps, masks, split, seed, quiet=quiet, **options)
+    return NetworkHead(network, head, model.size)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #1a1d858b
 def background_classes(
@@ -559,7 +607,7 @@ def mask_prompts(
 # %% ../../nbs/tasks/02_segmentation.ipynb #439a5815
 def run_segmentation(
     model: Vermouth,                                 # gets a new segmentation head if it has none; trained in place
-    split: MaskSplit,
+    split: MaskSplit,                                # from `load_segmentation`
     prompts: Sequence[Sequence[str]] | None = None,  # of split.train and of split.test; None makes them
     **options: Any,                                  # of `train_head`: epochs, batch_size, lr, seed, …
 ) -> dict[str, float]:                               # as from `segmentation_scores`
@@ -572,24 +620,33 @@ def run_segmentation(
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #6b0402c0
 def _alone_and_named(
-    first: Vermouth, expert: DenseHead | None, trained_on: MaskSplit, named: bool
+    first: Vermouth,
+    expert: DenseHead | None,
+    others: Mapping[str, NetworkHead],
+    trained_on: MaskSplit,
+    named: bool,  # whether regions are named by CLIP, too
 ) -> dict[str, Labeller]:  # method → what it says
-    "Return the expert alone, and both with their regions named by CLIP. Raises VermouthError for a head of no expert."
-    methods, own = {}, {"": first.pixel_vectors}
+    "Return frozen networks alone, and regions named by CLIP. Raises VermouthError for a head of no expert."
+    alone, own = {f"{name} only": other for name, other in others.items()}, {"": first.pixel_vectors}
     if expert is not None:
-        if (network := first.expert) is None:
+        if first.expert is None:
             raise VermouthError("expert: a head for it, but the first model has no expert. Pass expert=None.")
-        alone = own["expert only, "] = lambda x, _: expert(network(image_batch(x, first.size), (-1, 1)))
-        methods["expert only"] = vector_labeller(alone, first.clip, **segmentation_text(expert.protocol))
+        alone = {"expert only": NetworkHead(first.expert, expert, first.size)} | alone
+        own["expert only, "] = alone["expert only"].vectors
+    methods = {
+        name: vector_labeller(each.vectors, first.clip, **segmentation_text(each.head.protocol))
+        for name, each in alone.items()
+    }
     regions = {f"{name}{REGIONS}": region_labeller(v, first.clip, trained_on) for name, v in own.items() if named}
     return methods | regions
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #dfcabec2
 def compare_segmentation(
     models: dict[str, Vermouth],           # by name, trained; the prompts, CLIP and settings of the first serve all
-    split: MaskSplit,
+    split: MaskSplit,                      # from `load_segmentation`
     trained_on: MaskSplit,                 # what the models learned from; most often `split` itself
     expert: DenseHead | None = None,       # from `train_expert_head`
+    others: Mapping[str, NetworkHead] | None = None,  # by name, from `train_network_head`
     prompts: Sequence[str] | None = None,  # of split.test; None makes them
     quiet: bool = False,                   # no progress bars
     oracle: Vermouth | None = None,        # trained with `mask_prompts`; a marked row, never a result
@@ -603,7 +660,7 @@ def compare_segmentation(
         prompts = prompts_for(first, split.test, "" if quiet else "captions")
     methods = {name: model_labeller(model, short) for name, model in models.items()}
     named = first.protocol == "ours" and bool(first.size) and split.names == trained_on.names
-    methods |= _alone_and_named(first, expert, trained_on, named)
+    methods |= _alone_and_named(first, expert, others or {}, trained_on, named)
     methods |= {
         "cross-attention, untrained": attention_labeller(first),
         "CLIP patches": vector_labeller(lambda images, _: clip_patches(images, clip), clip),
@@ -677,6 +734,7 @@ def study_segmentation(
     seed: int = 0,                # of weights, batches and views
     views: int = 0,               # random squares of each image, instead of the image; the paper's protocol
     before: SegmentationRun | None = None,  # an earlier run of the same protocol, which measured what no seed changes
+    networks: Mapping[str, Expert] | None = None,  # other frozen networks, which get a decoder too, by name
     short: int | None = None,     # of the trained models' test images, as for `model_labeller`
     **options: Any,               # of `train_segmentation`: epochs, batch_size, scale, temperature
 ) -> SegmentationRun:
@@ -687,26 +745,27 @@ def study_segmentation(
 
     def read(model: Vermouth, prompts: list[str]) -> Features:
         if stores is None:
-            return LiveFeatures(model, split.train, prompts)
+            return LiveFeatures(model.read, split.train, prompts)
         return store_items(model, split.train, Path(stores) / store_name(model, split.train, prompts), prompts)
 
     prompts, leaks = prompts_for(first, source.train) * max(1, views), mask_prompts(split.train, split)
     history, alone = _trained(models, split, prompts, read, **options)
     train_segmentation(oracle, split, features=read(oracle, leaks), **options)
+    others = {name: train_network_head(first, net, split, **options) for name, net in (networks or {}).items()}
     texts, counts, tables = [], [], []
     for i, test in enumerate(tests):
         same = before is not None and item_ids(before.tests[i].test) == item_ids(test.test)
         texts.append(before.prompts[i] if before and same else prompts_for(first, test.test))
         known = {k: v for k, v in before.counts[i].items() if k in UNTRAINED} if before and same else {}
-        found = compare_segmentation(models, test, source, alone, texts[i], False, oracle, short, known)
+        found = compare_segmentation(models, test, source, alone, others, texts[i], False, oracle, short, known)
         counts.append(found[0])
         tables.append(found[1])
     return SegmentationRun(models, history, tests, texts, counts, tables)
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #1f102f2a
 def masks_panel(
-    label: Labeller,
-    split: MaskSplit,
+    label: Labeller,         # images and prompts → masks
+    split: MaskSplit,        # whose test images are drawn
     prompts: Sequence[str],  # of split.test
     count: int = 8,          # images, evenly from the test images
 ) -> Figure:
@@ -717,7 +776,7 @@ def masks_panel(
     shown = np.concatenate([m.ravel() for m in (*(truth for _, truth in pairs), *maps)])
     found, area = np.unique(shown[shown < len(colours)], return_counts=True)
     colours[found[area.argsort()[::-1]]] = palette(len(found))  # the colours that differ most to the largest areas
-    fig = Figure(figsize=(1.1 * len(indices) + 0.6, 5.4), layout="constrained")
+    fig = Figure(figsize=(0.9 * len(indices) + 0.6, 4.9), layout="constrained")
     axs = fig.subplots(4, len(indices), squeeze=False)
     for column, (image, truth), predicted in zip(axs.T, pairs, maps):
         error = np.full((*truth.shape, 3), 240, np.uint8)
