@@ -8,8 +8,10 @@ import stat
 import subprocess
 import sys
 import traceback
+import warnings
 from types import SimpleNamespace
 
+import faiss
 import pytest
 
 NOBODY = 65534
@@ -64,6 +66,17 @@ def locked(folder, path, mode=0):
             path.chmod(0o755)
 
 
+def show_warnings():
+    "Print warnings as Python does where pytest does not collect them."
+
+    def show(message, category, *place, **more):
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
+
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    warnings.showwarning = show
+
+
 def run_child(words, prepare=lambda: None, stdout=None):
     """A command in a fork of this process, which has loaded what takes seconds to load: its exit code, stdout, stderr.
 
@@ -71,6 +84,7 @@ def run_child(words, prepare=lambda: None, stdout=None):
     """
     pipes = [os.pipe(), os.pipe()]
     if not (pid := os.fork()):
+        faiss.omp_set_num_threads(1)  # a team of OpenMP threads does not survive a fork: the child would wait for it
         code = 70
         try:
             with open(stdout or os.devnull, "wb") as file:
@@ -82,6 +96,7 @@ def run_child(words, prepare=lambda: None, stdout=None):
             written = {"closefd": False, "errors": "backslashreplace"}
             sys.stdout, sys.stderr = (open(n, "w", **written) for n in (1, 2))  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            show_warnings()
             prepare()
             from vermouth.app.cli import app
 

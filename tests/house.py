@@ -98,6 +98,18 @@ def imports(module):
             yield from [base, *(f"{base}.{alias.name}" for alias in node.names)]
 
 
+def short(module):
+    return module.removeprefix("vermouth.")
+
+
+def public(module):
+    "The names in a module's `__all__`."
+    for node in tree(module).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
 @cache
 def page_of(module):
     return next((page for page in PAGES if f"vermouth.{default_exp(page)}" == module), None)

@@ -16,6 +16,21 @@ def outputs(cells):
             yield cell, output, {kind: "".join(text) for kind, text in output.get("data", {}).items()}
 
 
+def sections(cells):
+    "Each heading with its level, and what follows: the level of the next one, code or a table, or nothing."
+    parts = []
+    for cell in cells:
+        if cell.cell_type == "code":
+            parts.append("code")
+        elif cell.cell_type == "markdown":
+            text = re.sub(r"^```.*?^```", "| code", cell.source, flags=re.M | re.S)
+            found = re.findall(r"^(#{2,4}) (.+)|^\|", text, re.M)
+            parts += [(title, len(marks)) if marks else "table" for marks, title in found]
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        if isinstance(part, tuple):
+            yield *part, following[1] if isinstance(following, tuple) else following
+
+
 def words_shown(cells):
     "All words of a page: prose and what code shows, without fences."
     shown = [cell.source for cell in cells if cell.cell_type == "markdown"]

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from program import CLASSIFY, EXTRACT, run_process
+from disks import run_child
+from program import CLASSIFY, EXTRACT
 
 from vermouth.core import VermouthError
 from vermouth.text import make_prompts
@@ -73,8 +74,9 @@ def test_braces_in_a_name_are_text(program, folder):
 
 def test_a_shell_sees_one_sentence_for_a_long_name(photos, tmp_path):
     photos[0].save(tmp_path / "photo.png")
-    result = run_process("classify", "photo.png", "--names", "cat," + "fish " * 500, cwd=tmp_path)
-    assert (result.returncode, result.stdout.count("\n"), result.stderr.count("\n")) == (0, 1, 2)
+    words = ["classify", "photo.png", "--names", "cat," + "fish " * 500]
+    result = run_child(words, lambda: os.chdir(tmp_path))
+    assert (result.exit_code, result.stdout.count("\n"), result.stderr.count("\n")) == (0, 1, 2)
     warned, chosen = result.stderr.splitlines()
     assert warned.startswith("texts: 1 longer than CLIP's 32 tokens, the end is cut.")
     assert chosen.startswith("model: toybox (auto: no trained model, denoiser or CLIP")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import run_child
 from odd_files import BAD, GOOD, bomb
 from PIL import Image
 from program import CLASSES, CLASSIFY, EXTRACT, INDEX, NAMES
@@ -166,11 +167,9 @@ def test_an_opened_file_that_cannot_be_decoded_is_refused(toybox, photos, tmp_pa
 
 
 def test_a_shell_sees_one_sentence_for_a_bomb(tmp_path):
-    from program import run_process
-
     bomb(tmp_path / "bomb.png")
-    result = run_process("segment", "bomb.png", *NAMES, "--out", "mask.png", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
+    result = run_child(["segment", "bomb.png", *NAMES, "--out", "mask.png"], lambda: os.chdir(tmp_path))
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "image='bomb.png': 20000×20000 pixels, more than 100,000,000. Shrink it first.\n"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import run_child
 from program import OFFLINE, run_here, run_process
 
 from vermouth.store import FeatureStore
@@ -34,6 +35,24 @@ assert CliRunner().invoke(app, ["run", "--help"]).exit_code == 0
 print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "pandas", "papermill", "diffusers"} & set(loaded)
+
+
+def test_a_command_keeps_pythons_collector_from_its_imports_and_its_end(tmp_path):
+    code = """import atexit, gc, sys
+from vermouth.app.cli import app
+for _ in range(2):
+    app(["check", sys.argv[1]], standalone_mode=False)
+print(gc.get_threshold()[0], gc.isenabled())
+atexit.register(lambda: print(gc.get_freeze_count()))
+sys.modules["triton"] = None
+atexit._run_exitfuncs()
+del sys.modules["triton"]
+app(["check", sys.argv[1]], standalone_mode=False)
+atexit._run_exitfuncs()
+print(gc.get_freeze_count() > 10_000)"""
+    (tmp_path / "a.txt").write_text("no image")
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], capture_output=True, text=True, check=False)
+    assert [line for line in run.stdout.splitlines() if ":" not in line] == ["10000 True", "0", "True"], run
 
 
 @pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "x", "-p"], ["run", "x", "-p", "shots"]])
@@ -84,12 +103,12 @@ PLAIN = ("--captioner", "none", "--json", *FEW)
 
 
 def test_extract_a_folder_and_verify_it(photos, tmp_path):
-    made = run_process("extract", photos, "--out", tmp_path / "store", *FEW)
-    assert made.returncode == 1 and made.stdout.startswith("5 of 6 images are in"), made.stderr
+    made = run_child(["extract", photos, "--out", tmp_path / "store", *FEW])
+    assert made.exit_code == 1 and made.stdout.startswith("5 of 6 images are in"), made.stderr
     assert "0/broken.png" in made.stderr and "image/s" in made.stderr, "what was skipped, and a bar with the rate"
-    verified = run_process("verify", tmp_path / "store")
+    verified = run_child(["verify", tmp_path / "store"])
     checksum = verified.stdout.strip()
-    assert verified.returncode == 0 and len(checksum) == 64 and checksum in made.stdout
+    assert verified.exit_code == 0 and len(checksum) == 64 and checksum in made.stdout
     again = run_here("extract", photos, "--out", tmp_path / "store", *FEW, "--json")
     assert (again.exit_code, json.loads(again.stdout)["checksum"]) == (1, checksum)
 
@@ -154,8 +173,8 @@ def test_segment_writes_a_mask_of_numbers(tmp_path):
 
     Image.new("RGB", (50, 30), "green").save(tmp_path / "image.png")
     words = ("--names", "sky,grass,water", "--out", tmp_path / "mask.png", "--json", "--model", "toybox")
-    result = run_process("segment", tmp_path / "image.png", *words)
-    assert result.returncode == 0 and not result.stderr, result.stderr
+    result = run_child(["segment", tmp_path / "image.png", *words])
+    assert result.exit_code == 0 and not result.stderr, result.stderr
     with Image.open(tmp_path / "mask.png") as mask:
         counts = {n: c / 1500 for c, n in mask.getcolors()}
     share = {name: round(counts.get(i, 0), 4) for i, name in enumerate(("sky", "grass", "water"))}

@@ -1,20 +1,21 @@
 "Figures can be read: no type below 9 points, no name over another or over the curves, none wider than the column."
 
 import json
+import re
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from house import NBS, cells
+from house import NBS, cells, code_texts
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vermouth.experiments.tables import with_intervals
 
-# The site's column of text is 768 CSS pixels wide and a figure has 80 pixels an inch: a wider one is shown smaller.
-WIDEST, SMALLEST = 9.6, 9
+# The site's column of text is 760 CSS pixels wide, of which an inch has 96: a wider figure is shown smaller.
+WIDEST, SMALLEST = 760 / 96, 9
 
 
 def shown_texts(figure):
@@ -61,6 +62,16 @@ def test_a_bad_figure_is_told():
         ax.text(0.5, 0.2, "twice")
     text = "; ".join(faults(figure))
     assert all(part in text for part in ("12.0 inches", "7.0 points", "'twice' over 'twice'", "inside the axes")), text
+
+
+def test_pages_ask_for_no_small_type_and_no_wide_figure():
+    "Sizes that stand in the code of pages and modules; what helpers compute is drawn by the tests below."
+    texts = [(name, text) for name, text in code_texts() if not name.startswith("tests/")]
+    type_sizes = [(name, float(n)) for name, text in texts for n in re.findall(r"\bfontsize=([\d.]+)", text)]
+    widths = [(name, float(n)) for name, text in texts for n in re.findall(r"figsize=\(([\d.]+),", text)]
+    assert len(type_sizes) > 20 and len(widths) > 20
+    assert not [f"{name}: {n:g} points" for name, n in type_sizes if n < SMALLEST]
+    assert not [f"{name}: {n:g} inches" for name, n in widths if n > WIDEST]
 
 
 def ablation_rows(settings, tasks, seeds=2):
@@ -135,6 +146,26 @@ def test_masks_have_a_legend_of_their_classes():
     )
 
 
+def test_masks_and_matches():
+    from vermouth.data.correspondence import load_correspondence
+    from vermouth.data.segmentation import load_segmentation, show_masks
+    from vermouth.tasks.correspondence import matches_panel, pixel_reader
+
+    assert not faults(show_masks(load_segmentation("toybox", shots=1, limit=8).test))
+    assert not faults(matches_panel({"raw pixels": pixel_reader(64)}, load_correspondence("toybox", limit=4)))
+
+
+def test_maps_of_the_atlas():
+    from vermouth.experiments.atlas import heat_maps
+
+    rows = pd.read_csv(NBS / "results/23_atlas.csv")
+    steps = rows.setting.str.extract(r"t=(\d+)")[0].astype(int)
+    for kind in ("photo", "sketch", "scene"):
+        table = pd.DataFrame({"attribute": rows.metric, "tap": rows.method, "t": steps, "score": rows.value})
+        table = table[rows.setting.str.startswith(kind)].drop_duplicates(["attribute", "tap", "t"])
+        assert len(table) > 50 and not faults(heat_maps(table))
+
+
 def test_hits_and_rows_of_classes():
     from vermouth.data.items import show_rows
     from vermouth.data.sbir import load_sbir
@@ -150,7 +181,7 @@ def test_hits_and_rows_of_classes():
 def test_names_of_clusters():
     from vermouth.visualize import scatter
 
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    figure = Figure(figsize=(7.9, 4), layout="constrained")
     rng = np.random.default_rng(0)
     for ax, apart in zip(figure.subplots(1, 2), (0.1, 5.0)):
         names = np.repeat(["turtle", "duck", "truck", "sailboat", "palm tree", "tulip", "teapot", "umbrella"], 10)

@@ -26,7 +26,7 @@ from house import (
 PARAMETERS = {
     *("model", "captioner", "expert", "dataset", "root", "shots", "timesteps", "stages", "attention", "prompt"),
     *("uhead", "epochs", "batch_size", "seed", "device", "dtype", "limit", "out_dir"),
-    *("protocol", "noise", "scale", "temperature", "decoder", "save_model"),
+    *("protocol", "noise", "scale", "temperature", "decoder", "networks", "size", "save_model"),
 }
 
 
@@ -102,8 +102,22 @@ def test_results_pages_tell_and_do_not_define():
         if isinstance(node, defining)
     ]
     bad += [f"{page}: exports to {default_exp(page)}" for page in RESULTS if default_exp(page)]
-    shown = {page: [c for c in code_cells(page) if not directive(c, "hide")] for page in RESULTS}
+    shown = {page: [c for c in code_cells(page) if not directive(c, "hide|echo: false")] for page in RESULTS}
     bad += [f"{page}: {len(cells)} code cells, more than 15" for page, cells in shown.items() if len(cells) > 15]
+    assert not bad, bad
+
+
+def test_what_a_page_says_of_its_numbers_is_what_it_shows():
+    "Prose that holds on Toybox only is a string in a code cell, so that papermill leaves it out for other data."
+    bad = []
+    for page in RESULTS:
+        for c in (c for c in code_cells(page) if "reading(text" in c.source):
+            text = ast.literal_eval(python(c.source).body[0].value)
+            if [o.data.get("text/markdown") for o in c.outputs] != [text]:
+                bad.append(f"{page} {c.id}: the stored output is not the text. Run the cell again.")
+            given = {node.id for node in ast.walk(python(c.source).body[-1]) if isinstance(node, ast.Name)}
+            if not {"model", "dataset"} <= given:
+                bad.append(f"{page} {c.id}: reading() is not told model and dataset")
     assert not bad, bad
 
 

@@ -16,6 +16,12 @@ def test_readme_is_made_from_the_front_page():
     )
 
 
+def test_readme_is_short_and_says_first_how_to_install():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 900
+    assert any(line.startswith("pip install -e .") for line in text.splitlines()[:15])
+
+
 def test_the_api_page_has_every_module_with_public_names():
     "In every folder of pages; run nbs/api.ipynb again after one has come, gone or been renamed."
     from vermouth.app.docs import api_tables

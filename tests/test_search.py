@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import run_child
 from odd_files import Grey
 from photo_folders import build, drawn_photos, write_photos
 from PIL import Image
-from program import run_here, run_process
+from program import run_here
 
 from vermouth.app.database import RECALL, find_nearest, make_neighbours, read_neighbours, write_neighbours
 from vermouth.app.files import photos_below
@@ -143,8 +144,8 @@ def indexed(tmp_path_factory):
     Image.open(place / "photos/cat.png").rotate(5).save(place / "drawing.png")
     (place / "photos/broken.png").write_text("no image")
     Vermouth.build(captioner=None, expert=None, prompt="empty").save(place / "model")
-    made = run_process("index", "photos", "--out", "idx", "--json", *MODEL, cwd=place)
-    assert made.returncode == 1, made.stderr  # something was set aside
+    made = run_child(["index", "photos", "--out", "idx", "--json", *MODEL], lambda: os.chdir(place))
+    assert made.exit_code == 1, made.stderr  # something was set aside
     return place, json.loads(made.stdout)
 
 
@@ -157,7 +158,8 @@ def shell(indexed, monkeypatch):
 def test_index_from_a_shell(indexed, shell):
     document = indexed[1]
     assert (document["photos"], document["looked_at"], document["how"]) == (24, 24, "24 photos, all compared")
-    assert document["set_aside"] == [["broken.png", "not an image Pillow can read. Convert it to PNG or JPEG."]]
+    what = "not an image Pillow can read (empty, or of another kind)"
+    assert document["set_aside"] == [["broken.png", f"{what}. Convert it to PNG or JPEG."]]
     again = shell("index", "photos", "--out", "idx")
     assert again.exit_code == 1 and again.stdout == f"24 photos are in idx, checksum {document['checksum']}\n"
     assert "set aside: 'broken.png'" in again.stderr

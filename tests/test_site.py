@@ -2,22 +2,27 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import PurePosixPath
 
 import nbformat
 import pytest
 from house import NBS, PAGES, RESULTS, default_exp, quarto, settings
-from site_pages import front_matter, longest_word, outputs, tables, words_shown
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+from photo_folders import run_forked
+from site_pages import front_matter, longest_word, outputs, sections, tables, words_shown
 
 
 @pytest.fixture(scope="module")
 def site(checkout):
     "The processed pages by name: all of nbdev_docs that does not need Quarto."
-    code = f"from nbdev.serve import proc_nbs\nproc_nbs(n_workers={os.cpu_count()})"
-    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+
+    def process():
+        os.chdir(checkout)
+        get_config.cache_clear()
+        proc_nbs(n_workers=0)
+
+    assert os.waitpid(run_forked(process), 0)[1] == 0, "the reason is printed above"
     return {page: nbformat.read(checkout / "_proc" / page, as_version=4).cells for page in PAGES}
 
 
@@ -145,6 +150,18 @@ def test_what_stands_below_is_there(site):
         assert any(re.search(rf"^{name}\b", c.source, re.M) for c in site[f"{page}.ipynb"] if c.cell_type == "code"), (
             page
         )
+
+
+def test_every_section_of_a_library_page_shows_something(site):
+    "Code, a table or sections of its own; a helper's section shows its code by `#| show_source`."
+    bare = [
+        f"{page}: {title}"
+        for page, cells in site.items()
+        if "/" in page
+        for title, level, following in sections(cells)
+        if following is None or (isinstance(following, int) and following <= level)
+    ]
+    assert not bare, bare
 
 
 def test_what_to_try_comes_first(site):

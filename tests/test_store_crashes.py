@@ -2,98 +2,73 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
+import shutil
+import signal
 import time
+from functools import partial
 
-import psutil
 import pytest
 from conftest import COUNTS, KILLS
-from store_helpers import FEW, ITEMS, Counting, content, interrupted, run_alone, shards
+from photo_folders import run_forked
+from program import run_here
+from store_helpers import FEW, ITEMS, Counting, content, interrupted, shards
 
 from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
 from vermouth.store import FeatureStore, extract, write_lock
 
-CRASHES = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)  # a forked process has no others
-from vermouth.backbone import load_backbone
-from vermouth.data.toybox import Toybox
-from vermouth.store import extract
 
-few, backbone, toys = json.loads(sys.argv[2]), load_backbone("toybox", "cpu"), Toybox("photo", n=18)
-
-def dying(out, before, die_at):  # at which renaming of a file
+def dying(before, renaming, work):
+    "Do some work, and die just before or just after a file is renamed, after so many others."
     rename, count = os.replace, iter(range(1000))
+
     def replace(*names):
-        here = next(count) == die_at
-        if not (here and before): rename(*names)
-        if here: os.kill(os.getpid(), signal.SIGKILL)
+        here = next(count) == renaming
+        if not (here and before):
+            rename(*names)
+        if here:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     os.replace = replace
-    extract(backbone, toys, out, **few)
-    os._exit(0)
-
-for before in (True, False):
-    deaths = 0
-    for die_at in (0, 0, 1, 2, 0, 3, 0, 0):
-        pid = os.fork() or dying(Path(sys.argv[1], str(before)), before, die_at)
-        status = os.waitpid(pid, 0)[1]
-        deaths += os.WIFSIGNALED(status)
-        if not status: break
-    print(deaths)
-"""
+    work()
 
 
-def test_killed_at_every_step_it_ends_with_the_same_bytes(whole, backbone, tmp_path):
+@pytest.mark.parametrize("before, deaths", [(True, 8), (False, 4)])
+def test_killed_at_every_step_it_ends_with_the_same_bytes(whole, backbone, tmp_path, before, deaths):
     "A run renames 7 files: the plan, five shards, their list. Each run dies just before or just after one of them."
-    assert run_alone(CRASHES, tmp_path, json.dumps(FEW)).split() == ["8", "4"]
-    for out in (tmp_path / "True", tmp_path / "False"):
-        store = extract(backbone, ITEMS, out, **FEW)
-        assert store.checksum() == whole.checksum() and content(out) == content(whole.out)
+    work, killed = partial(extract, backbone, ITEMS, out := tmp_path / "store", **FEW), 0
+    for renaming in (0, 0, 1, 2, 0, 3, 0, 0):
+        status = os.waitpid(run_forked(partial(dying, before, renaming, work)), 0)[1]
+        killed += os.WIFSIGNALED(status)
+        if not status:
+            break
+    assert killed == deaths
+    assert work().checksum() == whole.checksum() and content(out) == content(whole.out)
 
 
-KILLED = """
-import json, os, random, shutil, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from vermouth.backbone import load_backbone
-from vermouth.core import VermouthError
-from vermouth.data.toybox import Toybox
-from vermouth.store import FeatureStore, extract
-
-def make(where):
-    return extract(backbone, toys, where, stages="mid", attention=(), shard_size=2, batch_size=1, quiet=True)
-
-backbone, toys, dice = load_backbone("toybox", "cpu"), [item.image for item in Toybox("photo", n=16)], random.Random(0)
-out, home = Path(sys.argv[1], "store"), Path(sys.argv[1])
-make(home / "warm")
-began = time.perf_counter()
-whole = make(home / "whole").checksum()
-took, kills, early = time.perf_counter() - began, 0, 0
-while kills < int(sys.argv[2]):
-    if not (pid := os.fork()): make(out), os._exit(0)
-    time.sleep(dice.uniform(0, 0.5) * took)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    kills += os.WIFSIGNALED(status)
-    try:
-        assert FeatureStore(out).checksum() == whole
-        shutil.rmtree(out)
-    except VermouthError:
-        early += os.WIFSIGNALED(status)
-assert make(out).checksum() == whole
-print(json.dumps([kills, early]))
-"""
-
-
-def test_kill_9_at_any_moment_and_the_store_is_the_same(tmp_path):
-    kills, early = json.loads(run_alone(KILLED, tmp_path, KILLS))
-    assert kills == KILLS and early >= KILLS // 4, f"{early} of {kills} kills came before the store was whole"
+def test_kill_9_at_any_moment_and_the_store_is_the_same(backbone, tmp_path):
+    toys, dice = [item.image for item in Toybox("photo", n=16)], random.Random(0)
+    options = {"stages": "mid", "attention": (), "shard_size": 2, "batch_size": 1, "quiet": True}
+    make, out, kills, early = partial(extract, backbone, toys, **options), tmp_path / "store", 0, 0
+    make(out=tmp_path / "warm")
+    began = time.perf_counter()
+    whole = make(out=tmp_path / "whole").checksum()
+    took = time.perf_counter() - began
+    while kills < KILLS:
+        pid = run_forked(partial(make, out=out))
+        time.sleep(dice.uniform(0, 0.5) * took)
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        kills += os.WIFSIGNALED(status)
+        try:
+            assert FeatureStore(out).checksum() == whole
+            shutil.rmtree(out)
+        except VermouthError:
+            early += os.WIFSIGNALED(status)
+    assert make(out=out).checksum() == whole
+    assert early >= KILLS // 4, f"{early} of {kills} kills came before the store was whole"
     COUNTS["kills of extract"] += kills
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
@@ -115,16 +90,20 @@ def test_a_killed_process_loses_only_its_unfinished_shard(backbone, whole, tmp_p
 
 
 def test_the_second_writer_is_refused_at_once_and_the_dead_free_the_lock(whole, backbone, tmp_path):
-    code = "import sys, time; from pathlib import Path; from vermouth.store import write_lock\n"
-    code += "with write_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code, str(tmp_path / "store")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        started = time.time()
-        with pytest.raises(VermouthError, match="another process is writing this store"):
-            extract(backbone, ITEMS, tmp_path / "store", **FEW)
-        assert time.time() - started < 5
-        process.kill()
+    def hold():
+        with write_lock(tmp_path / "store"):
+            (tmp_path / "held").touch()
+            time.sleep(600)
+
+    pid = run_forked(hold)
+    while not (tmp_path / "held").exists() and not os.waitpid(pid, os.WNOHANG)[0]:
+        time.sleep(0.01)
+    started = time.time()
+    with pytest.raises(VermouthError, match="another process is writing this store"):
+        extract(backbone, ITEMS, tmp_path / "store", **FEW)
+    assert time.time() - started < 5
+    os.kill(pid, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert extract(backbone, ITEMS, tmp_path / "store", **FEW).checksum() == whole.checksum()
     with write_lock(tmp_path / "store"):
         assert FeatureStore(tmp_path / "store").checksum() == whole.checksum(), "readers need not wait"
@@ -146,26 +125,38 @@ def test_processes_share_the_shards_in_any_order(whole, backbone, tmp_path):
         extract(backbone, ITEMS, out, **FEW, shard_of=(3, 3))
 
 
-def test_a_worker_of_torchrun_is_killed_and_the_store_is_the_same(backbone, tmp_path):
+def launched(rank, words, folder):
+    "A command as one of a launcher's two processes, in a fork of this one; what it prints is in a file afterwards."
+
+    def work():
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        result = run_here(*words)
+        (folder / f"printed {rank}").write_text(result.stdout)
+        assert result.exit_code == 0, result.stderr
+
+    return run_forked(work)
+
+
+def test_a_worker_of_a_launcher_is_killed_and_the_store_is_the_same(backbone, tmp_path):
+    "torchrun then ends the others, too, and starts all of them again; tests of the index run it."
     photos, out = tmp_path / "photos", tmp_path / "store"
     photos.mkdir()
     for i, toy in enumerate(Toybox("photo", n=256)):
         toy.image.save(photos / f"{i:03d}.png")
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
     options = ["--captioner", "none", "-p", "stages", "mid", "-p", "attention", "[]", "--batch-size", "8", "--json"]
-    options += ["--dtype", "float32"]
-    words = [*launch, "-m", "vermouth.app.cli", "extract", str(photos), "--out", str(out), *options]
-    command = [sys.executable, "-m", *words]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        while run.poll() is None and not shards(out):
-            time.sleep(0.01)
-        kept = {path: path.stat().st_mtime_ns for path in shards(out)}
-        psutil.Process(run.pid).children()[-1].kill()
-        said, errors = run.communicate()
-    assert run.returncode == 0 and 1 <= len(kept) < 4, errors[-2000:]
+    words = ["extract", photos, "--out", out, *options, "--dtype", "float32"]
+    pids = [launched(rank, words, tmp_path) for rank in (0, 1)]
+    while not shards(out) and not os.waitpid(pids[0], os.WNOHANG)[0]:
+        time.sleep(0.01)
+    kept = {path: path.stat().st_mtime_ns for path in shards(out)}
+    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[0], signal.SIGTERM)
+    assert all(os.WIFSIGNALED(os.waitpid(pid, 0)[1]) for pid in pids) and 1 <= len(kept) < 4
+    pids = [launched(rank, words, tmp_path) for rank in (0, 1)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     files = sorted(photos.iterdir())
     alone = extract(backbone, files, tmp_path / "alone", size=64, stages="mid", attention=(), batch_size=8, quiet=True)
-    found = json.loads(said)
+    found = json.loads((tmp_path / "printed 0").read_text())
     assert (found["items"], found["checksum"]) == (256, alone.checksum()) and content(out) == content(alone.out)
+    assert not (tmp_path / "printed 1").read_text(), "one of them prints the result"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done stays done"

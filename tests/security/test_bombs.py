@@ -32,7 +32,7 @@ keep_freed_memory()
 model, pixels, place = Vermouth.load("toybox", "cpu"), int(sys.argv[1]), Path(sys.argv[2])
 images.MAX_PIXELS = files.MAX_PIXELS = pixels
 images.LARGE_IMAGE = pixels // 3
-images._new_rooms()
+images._new_budgets()
 options = {"captioner": model.captioner, "size": 64, "stages": "mid", "attention": (), "quiet": True}
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from vermouth import images
 from vermouth.core import VermouthError
-from vermouth.images import Room, image_tensor, read_image
+from vermouth.images import Budget, image_tensor, read_image
 
 SETTINGS = {
     (Image, "MAX_IMAGE_PIXELS"): 1024**3 // 4 // 3,
@@ -50,7 +50,7 @@ def test_reading_in_threads_leaves_the_settings_and_gives_the_same_numbers(tmp_p
         Image.fromarray(picture).save(tmp_path / f"{i:02}.{('png', 'jpg', 'bmp')[i % 3]}")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     Image.new("1", (10_001, 10_000)).save(tmp_path / "large.png")
-    monkeypatch.setitem(images._rooms, "pixels", Room(images.MAX_PIXELS))
+    monkeypatch.setitem(images._budgets, "pixels", Budget(images.MAX_PIXELS))
     before, paths = settings(), sorted(tmp_path.iterdir())
 
     def read(path):
@@ -68,17 +68,17 @@ def test_reading_in_threads_leaves_the_settings_and_gives_the_same_numbers(tmp_p
     for a, b in zip(one_by_one, together, strict=True):
         assert a == b if isinstance(a, str) else bool((a == b).all())
     assert sum(isinstance(found, str) for found in one_by_one) == 2
-    assert settings() == before and images._rooms["pixels"].free == images.MAX_PIXELS
+    assert settings() == before and images._budgets["pixels"].free == images.MAX_PIXELS
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_threads_wait_for_room_and_give_it_back(fails):
-    room, most, lock = Room(10), [], threading.Lock()
+    budget, most, lock = Budget(10), [], threading.Lock()
     running = 0
 
     def work(pixels):
         nonlocal running
-        with room.take(pixels):
+        with budget.take(pixels):
             with lock:
                 running += pixels
                 most.append(running)
@@ -90,7 +90,7 @@ def test_threads_wait_for_room_and_give_it_back(fails):
 
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(work, pixels) for pixels in (3, 7, 10, 1, 5, 7, 2) * 20]
-    assert room.free == 10 and max(most) <= 10
+    assert budget.free == 10 and max(most) <= 10
     assert sum(future.exception() is not None for future in futures) == 40 * fails
 
 
@@ -100,4 +100,4 @@ def test_a_damaged_image_gives_its_room_back(tmp_path):
     for _ in range(3):
         with pytest.raises(VermouthError):
             read_image(tmp_path / "a.png")
-    assert images._rooms["pixels"].free == images.MAX_PIXELS and images._rooms["files"].free == 1
+    assert images._budgets["pixels"].free == images.MAX_PIXELS and images._budgets["files"].free == 1

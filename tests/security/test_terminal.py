@@ -5,13 +5,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import typer
+from disks import run_child
 from program import PROGRAM, run_here
 
 from vermouth.app import cli
@@ -178,14 +182,15 @@ def test_yaml_that_refers_to_itself_is_refused(tmp_path, text):
 
 
 AGAIN = " What is finished is kept: give the same command again."
-SEARCH = ["search", "idx", "fish_000.png", "--count", "99", "--model", "toybox"]
+SEARCH = ["search", "idx", "fish_000.png", "--count", "99", "--model", "efficientnet_lite0"]
 
 
 @pytest.fixture(scope="module")
-def place(toybox, tmp_path_factory):
-    "A folder with an index of photos that are called alike."
+def place(tmp_path_factory):
+    "A folder with an index of photos that are called alike, by the model that is loaded soonest."
     from vermouth.app.index import build_index
     from vermouth.data.toybox import Toybox
+    from vermouth.model import open_model
 
     folder = tmp_path_factory.mktemp("streams")
     (folder / "photos").mkdir()
@@ -193,7 +198,7 @@ def place(toybox, tmp_path_factory):
     for i in range(20):
         image.putpixel((i, 0), (i, 0, 0))
         image.save(folder / "photos" / f"{'long' * 40}_{i:03}.png")
-    build_index(folder / "photos", folder / "idx", toybox, quiet=True)
+    build_index(folder / "photos", folder / "idx", open_model(SEARCH[-1], "cpu"), quiet=True)
     image.save(folder / "fish_000.png")
     return folder
 
@@ -209,9 +214,8 @@ def test_what_no_longer_reads_ends_the_program_silently(place):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_one_sentence(place):
-    with open("/dev/full", "w") as full:
-        run = subprocess.run([PROGRAM, *SEARCH], cwd=place, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 2
+    run = run_child(SEARCH, lambda: os.chdir(place), stdout="/dev/full")
+    assert run.exit_code == 2
     how, sentence = run.stderr.splitlines()
     assert sentence == "output: No space left on device. Free some space, or give a place that is yours."
 
@@ -224,11 +228,14 @@ def test_closed_streams_and_an_old_encoding_are_no_error(place):
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "no such file" in run.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sees what a process has loaded")
 def test_an_interruption_says_how_to_go_on(place):
     "While torch is loaded, which cannot be loaded twice."
     words = [PROGRAM, "index", "photos", "--out", "interrupted"]
     run = subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
+    with suppress(psutil.NoSuchProcess):
+        while not any("libtorch" in part.path for part in psutil.Process(run.pid).memory_maps()):
+            time.sleep(0.02)
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=60) == ("", f"index: interrupted.{AGAIN}\n") and run.returncode == 130
 
