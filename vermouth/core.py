@@ -516,15 +516,17 @@ def without_compiler() -> Iterator[None]:
                 del sys.modules[module.__name__]
 
 # %% ../nbs/library/00_core.ipynb #a84a43b6
-# all that drawing initial values consists of
-_INITIAL = {"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "mul_", "add_", "clamp_"}
+# all that drawing initial values and masks consists of
+_INITIAL = {"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "mul_", "add_", "clamp_", "triu_"}
 
 
 class _Undrawn(TorchFunctionMode):
     "Leave out what only gives initial values."
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _INITIAL and (x := args[0] if args else kwargs["tensor"]).is_meta:
+        name = getattr(func, "__name__", "")
+        scales = name in ("mul", "div") and isinstance(args[-1], float)  # as open_clip does with what it has drawn
+        if (name in _INITIAL or scales) and (x := args[0] if args else kwargs["tensor"]).is_meta:
             return x
         return func(*args, **(kwargs or {}))
 

@@ -182,7 +182,7 @@ def retrieval_values(
     interpolated: bool = False,      # also the VOC-style AP
     by_class: bool = False,          # also the APs over all of the gallery, weighted to give means over classes
 ) -> dict[str, Tensor]:              # "mAP@all", "mAP@100", "P@100", … → (Q,) float64
-    "Return every retrieval number of each query, by cosine similarity, in little memory."
+    "Return every retrieval number of each query, by cosine. Raises VermouthError for vectors of two lengths."
     queries, gallery = _unit("query_features", query_features), _unit("gallery_features", gallery_features)
     if queries.shape[1] != gallery.shape[1]:
         raise VermouthError(
@@ -269,7 +269,7 @@ def confusion(
     num_classes: int,         # K
     ignore_index: int = 255,  # pixels with this target are left out
 ) -> Tensor:                  # (K,K) int64: row = target, column = prediction
-    "Return the number of pixels of each target and prediction; matrices of several images can be added."
+    "Count the pixels of each target and prediction; matrices add up. Raises VermouthError for shapes or labels."
     pred, target = _tensor("pred", pred), _tensor("target", target)
     if pred.shape != target.shape:
         raise VermouthError(
@@ -302,7 +302,7 @@ def mean_iou(
     num_classes: int,         # number of classes
     ignore_index: int = 255,  # pixels with this target are left out
 ) -> float:                   # in [0,1]
-    "Return the mean IoU over the classes that occur in target or pred; all pixels in one matrix, not per image."
+    "Return the mean IoU of all pixels, over classes that occur. Raises VermouthError without labelled pixels."
     matrix = confusion(pred, target, _positive("num_classes", num_classes), ignore_index)
     if not matrix.any():
         raise VermouthError(f"target: no pixel left without {ignore_index=}. Pass at least one labelled pixel.")
@@ -315,7 +315,7 @@ def pck(
     extents: Array,      # (N,) or one number: pixels of which α is a share
     alpha: float = 0.1,  # tolerated distance as a share of the extent
 ) -> float:              # in [0,1]
-    "Return the share of points that lie within α · extent of the truth."
+    "Return the share of points within α · extent of the truth. Raises VermouthError for shapes, or α ≤ 0."
     a, b = (_tensor(name, points).double() for name, points in (("predicted", predicted), ("truth", truth)))
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] != 2 or not len(a):
         raise VermouthError(
@@ -330,9 +330,9 @@ def pck(
 class Interval(NamedTuple):
     "A mean with its 95 % interval."
 
-    mean: float
-    low: float
-    high: float
+    mean: float  # of all units
+    low: float   # 2.5 % quantile of the bootstrap samples
+    high: float  # 97.5 % quantile
 
     @property
     def verdict(self) -> str:

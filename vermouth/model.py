@@ -81,7 +81,7 @@ def _adapters_for(
     size: int | None = None,  # of the images, for self-attention
 ) -> tuple[Adapters | None, tuple[int, ...]]:  # with random weights; channels of each level, lowest resolution first
     "Adapters that join an expert's maps to the pyramid that `settings` give, and the channels that result."
-    dims = tuple(backbone.feature_dims(settings.stages, settings.attention, size))
+    dims = tuple(backbone.dims(settings, size))
     if places := place_names(settings.stages):
         raise VermouthError(f"stages={places!r}: a head reads a set of stages. Choose from down, mid, up.")
     if expert is None:
@@ -91,14 +91,16 @@ def _adapters_for(
             f"expert: {expert.name!r} was loaded for the other protocol. Use load_expert(…, protocol={protocol!r})."
         )
     # the finest level has one place per latent
-    strides = [backbone.factor << scale for scale in backbone.family.table.scales[: len(dims)]]
-    adapters = Adapters(expert, dims, strides, protocol, normalise)
+    times = settings.times
+    strides = [backbone.factor << scale for scale in backbone.family.table.scales[: len(dims) // times]]
+    adapters = Adapters(expert, dims, strides, protocol, normalise, times)
     return adapters, adapters.joined_dims
 
 # %% ../nbs/library/11_model.ipynb #c20ac52d
 def _check_parts(
     uhead: UHead,
     dims: tuple[int, ...],  # channels that backbone and expert give
+    times: int,             # maps of each level
     clip: Clip,
     captioner: Captioner | None,
     prompt: str,
@@ -107,6 +109,9 @@ def _check_parts(
     choose("prompt", prompt, ("caption", "empty"))
     if prompt == "caption" and captioner is None:
         raise VermouthError("captioner=None: prompt='caption' needs one. Pass load_captioner(...) or prompt='empty'.")
+    if uhead.times != times:
+        steps = f"{uhead.times} maps of each level, the settings give {times}"
+        raise VermouthError(f"uhead: takes {steps}. Build it with times={times}.")
     if uhead.in_dims != dims:
         raise VermouthError(
             f"uhead: built for maps of {uhead.in_dims} channels, backbone and expert give {dims}. "
@@ -121,11 +126,11 @@ def _check_parts(
 
 # %% ../nbs/library/11_model.ipynb #ed9361e8
 class Vermouth(nn.Module, HubModel):
-    "Backbone, captioner, expert, CLIP and a U-head as one model."
-    backbone: Backbone
-    clip: Clip
-    captioner: Captioner | None
-    expert: Expert | None
+    "Backbone, captioner, expert, CLIP and a U-head as one model. Raises VermouthError for parts that do not fit."
+    backbone: Backbone                           # frozen: images and captions → a pyramid of maps
+    clip: Clip                                   # frozen: class names → (K,D)
+    captioner: Captioner | None                  # frozen: images → captions; None without
+    expert: Expert | None                        # frozen: images → maps beside the pyramid; None without
     training_card: dict[str, Any] | None = None  # what `vermouth train` has measured
     fit: Fit | None = None                       # statistics of the pictures that it knows
     skip: Skip | None                            # beside the head, where `train.start_head` has made one
@@ -153,7 +158,7 @@ class Vermouth(nn.Module, HubModel):
         super().__init__()
         self.settings, self.prompt, self.size, self.normalise, self.skip = settings, prompt, size, normalise, None
         self.adapters, self.dims = _adapters_for(backbone, settings, expert, uhead.protocol, normalise, size)
-        _check_parts(uhead, self.dims, clip, captioner, prompt)
+        _check_parts(uhead, self.dims, settings.times, clip, captioner, prompt)
         parts = backbone, clip, captioner, expert and expert.to(backbone.device)
         self.__dict__ |= dict(zip(("backbone", "clip", "captioner", "expert"), parts))  # else trained and saved
         if expert and not expert.frozen:  # a submodule: trained, and saved
@@ -197,12 +202,14 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, dims = _adapters_for(backbone, settings, expert, protocol, normalise, size)  # first: seeds rely on its draws
-        widths = arch_widths(uhead, len(dims), scale or width_scale(backbone))
-        head = UHead(dims, clip.dim, uhead, fuse, widths=widths, protocol=protocol)
+        widths = arch_widths(uhead, len(dims) // settings.times, scale or width_scale(backbone))
+        head = UHead(dims, clip.dim, uhead, fuse, widths=widths, protocol=protocol, times=settings.times)
         return cls(backbone, head, clip, captioner, settings, prompt, size, expert, normalise)
 
 # %% ../nbs/library/11_model.ipynb #ad7d0d5c
-def width_scale(backbone: Backbone) -> float:  # factor on the paper's widths, 1/4 to 1
+def width_scale(
+    backbone: Backbone,  # whose widest map counts
+) -> float:              # factor on the paper's widths, 1/4 to 1
     "The paper's widths for a backbone as wide as Stable Diffusion, narrower ones for a narrower backbone."
     return min(1.0, max(0.25, backbone.family.width / 1280))
 
@@ -266,7 +273,7 @@ def add_skip(self: Vermouth) -> Skip:
     "Put a linear map beside the head, as zeros, and return it. Raises VermouthError where the expert is trained."
     if self.expert and not self.expert.frozen:
         raise VermouthError("start='ridge': the expert is trained, so no solution fits its maps. Load it frozen.")
-    dims = self.backbone.feature_dims(self.settings.stages, self.settings.attention)
+    dims = self.backbone.dims(self.settings)
     self.skip = Skip(sum(dims) + sum(self.expert.dims if self.expert else ()), self.clip.dim).to(self.backbone.device)
     for parameter in self.skip.parameters():
         torch.nn.init.zeros_(parameter)
@@ -282,7 +289,7 @@ def embed(
     batch_size: int = 32,                  # images at a time, in both halves
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> Tensor:                               # (B,D) float32 of length 1
-    "Images as unit vectors in the space of class names: sketches, photos and words compare by dot product."
+    "Return vectors in the space of class names. Raises VermouthError for a model that was trained for masks alone."
     if self.training_card and self.training_card["task"] == "segment":
         what = "it was trained for masks, and its U-head was not"
         raise VermouthError(f"model: {what}. Use it with segment, or train one with --task classify or sbir.")
@@ -420,7 +427,7 @@ def window_vectors(
     images: Sequence[Tensor],  # (3,H,W) in [-1,1] each
     prompts: Sequence[str],    # one per image
     short: int | None = None,  # as for `segment`
-    overlap: float = 0.5,
+    overlap: float = 0.5,      # share of a window that the next one covers again, 0 … below 1
     batch_size: int = 16,      # windows in one pass
 ) -> Iterator[tuple[Tensor, list[tuple[int, int]], tuple[int, int], tuple[int, int], tuple[int, ...]]]:
     "Yield for each image the vectors of its windows, their corners, their size, the canvas, and the image's own size."
@@ -614,7 +621,8 @@ def _check_heads(
     want: dict[str, Tensor] = {}
     try:
         with torch.device("meta"):
-            heads: dict[str, nn.Module] = {"uhead": UHead(dims, embed_dim, protocol=card["protocol"], **card["uhead"])}
+            shape = {"protocol": card["protocol"], "times": FeatureSettings(**card["settings"]).times}
+            heads: dict[str, nn.Module] = {"uhead": UHead(dims, embed_dim, **shape, **card["uhead"])}
             for name, config in card["heads"].items():
                 heads[f"heads.{name}"] = _build_head(name, dims, embed_dim, config, folder)
             for prefix, head in heads.items():
@@ -652,7 +660,7 @@ def _with_heads(
     joins = card["protocol"], card["normalise"]
     dims = _adapters_for(backbone, settings, expert, *joins)[1]
     _check_heads(card, dims, clip.dim, state, folder)
-    head = UHead(dims, clip.dim, protocol=joins[0], **card["uhead"])
+    head = UHead(dims, clip.dim, protocol=joins[0], times=settings.times, **card["uhead"])
     model = Vermouth(backbone, head, clip, captioner, settings, card["prompt"], card["size"], expert, joins[1])
     for key, config in card["heads"].items():
         model.heads[key] = _build_head(key, model.dims, clip.dim, config, folder).to(backbone.device)

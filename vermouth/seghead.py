@@ -56,7 +56,7 @@ class UpsampleBlock(nn.Module):
         channels: int,             # of the level
         width: int,                # of the decoder
         steps: int,                # levels above this one
-        details: DecoderDetails = DECODERS["ours"],
+        details: DecoderDetails = DECODERS["ours"],  # a row of `DECODERS`
         fused: int | None = None,  # channels that the level is mixed to; None: the decoder's
     ):
         super().__init__()
@@ -94,7 +94,7 @@ def level_channels(
 
 # %% ../nbs/library/06_seghead.ipynb #e3d84e6d
 class DenseHead(nn.Module):
-    "Fuse the maps of an image into one vector per position, on the grid of the finest map or one twice as fine."
+    "Fuse maps into a vector per position of the finest, or twice as fine. Raises VermouthError for wrong sizes."
 
     def __init__(
         self,

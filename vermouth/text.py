@@ -144,10 +144,10 @@ class Captioner:
 
     def __init__(
         self,
-        model: "BlipForConditionalGeneration",
-        processor: "BlipProcessor",
-        name: str,
-        settings: CaptionSettings = CaptionSettings(),
+        model: "BlipForConditionalGeneration",          # a BLIP
+        processor: "BlipProcessor",                     # its image processor and tokenizer
+        name: str,                                      # for messages and the fingerprint
+        settings: CaptionSettings = CaptionSettings(),  # prompt, search and length
     ):
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
         self.settings = settings
@@ -159,7 +159,7 @@ class Captioner:
         batch_size: int = 32,  # images per forward pass
         value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
     ) -> list[str]:            # one caption per image
-        "Caption images, in their order."
+        "Caption images, in their order. Raises VermouthError if the prefix fills all tokens."
         images = image_list(images, value_range)
         longest = self.model.config.text_config.max_position_embeddings - 1
 
@@ -266,10 +266,10 @@ def load_captioner(
 class Clip:
     "A frozen open_clip model with what it needs to read texts and images."
 
-    model: open_clip.CLIP | open_clip.CustomTextCLIP
+    model: open_clip.CLIP | open_clip.CustomTextCLIP  # both towers, in eval mode
     tokenizer: SimpleTokenizer | HFTokenizer     # texts → (N,T) token ids
     preprocess: Callable[[Image.Image], Tensor]  # PIL image → (3,H,W), resized and normalised
-    name: str
+    name: str                                    # for messages
 
     @property
     def device(self) -> torch.device:

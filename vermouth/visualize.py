@@ -83,7 +83,7 @@ def feature_colours(
 
 # %% ../nbs/library/15_visualize.ipynb #12ba95dd
 def features_over_time(
-    backbone: Backbone,
+    backbone: Backbone,        # whose maps are drawn
     images: Images,            # N images, as for `Backbone.features`
     prompts: Sequence[str],    # N captions
     timesteps: Sequence[int],  # one column each
@@ -102,10 +102,10 @@ def features_over_time(
 
 # %% ../nbs/library/15_visualize.ipynb #3f664173
 def features_over_blocks(
-    backbone: Backbone,
+    backbone: Backbone,       # whose maps are drawn
     images: Images,           # N images, as for `Backbone.features`
     prompts: Sequence[str],   # N captions
-    timestep: int = 200,
+    timestep: int = 200,      # noise level, 0 … 999
     size: int | None = None,  # resize to this side, in pixels
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> dict[str, np.ndarray]:   # block → (N,h,w,3), in the order in which they run
@@ -138,7 +138,7 @@ def _caption_words(
 
 # %% ../nbs/library/15_visualize.ipynb #5dbe6f38
 def word_maps(
-    backbone: Backbone,
+    backbone: Backbone,                 # whose attention is drawn
     image: ImageLike,                   # one image, as for `Backbone.features`
     prompt: str,                        # its caption
     timesteps: Sequence[int] = (200,),  # several are averaged
@@ -313,9 +313,9 @@ def label_ends(
 def tsne(
     features: Tensor,          # (N,D), N at least 4
     perplexity: float = 30.0,  # about how many neighbours count; at most (N-1)/3 is used
-    seed: int = 0,
+    seed: int = 0,             # of the start
 ) -> np.ndarray:               # (N,2)
-    "Positions on a page for vectors of any length (van der Maaten & Hinton, 2008)."
+    "Return a map of vectors (van der Maaten & Hinton, 2008). Raises VermouthError for fewer than 4."
     from sklearn.manifold import TSNE  # slow to import
 
     if len(features) < 4:
@@ -325,11 +325,11 @@ def tsne(
 
 # %% ../nbs/library/15_visualize.ipynb #ff79e047
 def scatter(
-    ax: Axes,
+    ax: Axes,              # to draw on
     points: np.ndarray,    # (N,2)
     names: Sequence[str],  # N classes
     kinds: Sequence[str],  # N kinds, such as photo and sketch: at most three different ones
-    title: str = "",
+    title: str = "",       # above the panel
 ) -> None:
     "Draw classes by colour and name, kinds by marker. Raises VermouthError for more than three kinds."
     class_names, kind_names, markers = np.array(names), np.array(kinds), ("o", "x", "^")

@@ -27,7 +27,7 @@ class PointPair:
     "Two images of one class, and points that show the same place in both."
 
     source: Source             # a file's path, or (Toybox, index)
-    target: Source
+    target: Source             # likewise
     source_points: np.ndarray  # (N,2) float32: x and y in pixels of the source
     target_points: np.ndarray  # (N,2) the same places in the target
     extent: float              # pixels of the target that a tolerance α is a share of

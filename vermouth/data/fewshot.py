@@ -185,10 +185,10 @@ def _class_names(
 class FewShotData:
     "Classes, images to take shots from, and a test set."
 
-    dataset: str
+    dataset: str                                # its name
     names: tuple[str, ...] = field(repr=False)  # by label
     train: list[Item] = field(repr=False)       # to take shots from; keys are folder/path
-    test: list[Item] = field(repr=False)
+    test: list[Item] = field(repr=False)        # the whole test set
     indices: Path | None = None  # folder of shot_{shots}-seed_{seed}.json files; None = none
     images: Path | None = None   # folder that their paths start from
 
@@ -202,7 +202,11 @@ class FewShotData:
             f"{len(self.test)} test images"
         )
 
-    def index_file(self, shots: int, seed: int) -> Path | None:
+    def index_file(
+        self,
+        shots: int,  # images per class
+        seed: int,   # of the shot set
+    ) -> Path | None:
         "The file that fixes the shots of this seed, if there is one."
         path = self.indices / f"shot_{shots}-seed_{seed}.json" if self.indices else None
         return path if path and path.is_file() else None
@@ -264,7 +268,11 @@ def pool(
 
 # %% ../../nbs/data/05_fewshot.ipynb #1bdc9a5b
 @patch
-def origin(self: FewShotData, ks: Iterable[int], seeds: Iterable[int]) -> str:
+def origin(
+    self: FewShotData,
+    ks: Iterable[int],     # numbers of shots
+    seeds: Iterable[int],  # of the shot sets
+) -> str:
     "One line that says how many of a study's shot sets come from index files."
     seeds = list(seeds)
     found = [self.index_file(k, seed) is not None for k in ks for seed in seeds]

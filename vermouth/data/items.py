@@ -323,7 +323,7 @@ def show_rows(
     import matplotlib.pyplot as plt  # slow to import, and needed for drawing only
 
     columns = min(columns, len(names))
-    fig, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)), squeeze=False)
+    fig, axes = plt.subplots(len(rows), columns, figsize=(0.98 * columns, 1.2 * len(rows)), squeeze=False)
     for row, items in zip(axes, rows, strict=True):
         for label, ax in enumerate(row):
             ax.axis("off")

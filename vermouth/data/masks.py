@@ -46,7 +46,7 @@ def _table(coding: Coding) -> np.ndarray:  # (65536,) or (16777216,) int32: labe
 # %% ../../nbs/data/03_masks.ipynb #0b5bd441
 def decode(
     raw: np.ndarray,  # (H,W) the file's numbers
-    coding: Coding,
+    coding: Coding,   # which numbers are classes, and which are ignored
     name: str,        # of the mask, for the message
 ) -> np.ndarray:      # (H,W) labels, uint8 where there are 255 classes or fewer, else int32
     "Labels 0 … K-1 and the ignore index. Raises VermouthError for a number that is neither a class nor ignored."
@@ -184,7 +184,7 @@ class MaskItem:
 
     source: Source          # the image's file, or (Toybox, index)
     mask_file: Path | None  # None for a Toybox, which renders the mask too
-    coding: Coding = field(repr=False)
+    coding: Coding = field(repr=False)  # how the file writes its classes
     key: str  # what identifies the image for good: its path below root, or the Toybox's settings
 
     @property

@@ -40,11 +40,11 @@ from vermouth.data.items import (
 class SketchSplit:
     "Seen classes to train on; unseen classes whose sketches are the queries and whose photos are the gallery."
 
-    dataset: str
-    train_sketches: list[Item] = field(repr=False)
-    train_photos: list[Item] = field(repr=False)
-    test_sketches: list[Item] = field(repr=False)
-    test_photos: list[Item] = field(repr=False)
+    dataset: str                                 # its name
+    train_sketches: list[Item] = field(repr=False)  # of seen classes
+    train_photos: list[Item] = field(repr=False)  # of seen classes
+    test_sketches: list[Item] = field(repr=False)  # of unseen classes: the queries
+    test_photos: list[Item] = field(repr=False)  # of unseen classes: the gallery
     seen: tuple[str, ...] = field(repr=False)    # class names, by label of the items to train on
     unseen: tuple[str, ...] = field(repr=False)  # class names, by label of the items to test on
 

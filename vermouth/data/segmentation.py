@@ -281,10 +281,10 @@ def _folder(root: Path) -> tuple[list[MaskItem], list[MaskItem], tuple[str, ...]
 class MaskSplit:
     "Images to train on, images to test on, and the classes of their pixels."
 
-    dataset: str
+    dataset: str                                # its name
     names: tuple[str, ...] = field(repr=False)  # by label; commas separate synonyms
     train: list[MaskItem] = field(repr=False)   # empty where the data set is for testing only
-    test: list[MaskItem] = field(repr=False)
+    test: list[MaskItem] = field(repr=False)    # images that are scored
     unseen: tuple[int, ...]  # labels that are not learned from
 
     @property
@@ -317,7 +317,7 @@ def _unseen(dataset: str, names: Sequence[str], unseen: Sequence[str] | None, se
 
 # %% ../../nbs/data/06_segmentation.ipynb #e234c9eb
 def few_masks(
-    items: Sequence[MaskItem],
+    items: Sequence[MaskItem],  # images to choose from
     classes: Sequence[int],  # labels
     shots: int,              # images per class, at most; 0 = all
     seed: int,               # which ones
@@ -419,14 +419,14 @@ def load_segmentation(
 
 # %% ../../nbs/data/06_segmentation.ipynb #029f8eb7
 def show_masks(
-    items: Sequence[MaskItem],
-    columns: int = 8,  # images to show
-) -> Any:              # a matplotlib Figure
+    items: Sequence[MaskItem],  # images with their masks
+    columns: int = 8,           # images to show
+) -> Any:                       # a matplotlib Figure
     "Images above, masks below; pixels that do not count are white."
     import matplotlib.pyplot as plt  # slow to import, and needed for drawing only
 
     columns = min(columns, len(items))
-    fig, axes = plt.subplots(2, columns, figsize=(1.3 * columns, 2.7), squeeze=False)
+    fig, axes = plt.subplots(2, columns, figsize=(0.98 * columns, 2), squeeze=False)
     for (top, bottom), item in zip(axes.T, items, strict=False):
         image, mask = pair(item)
         labels = np.ma.masked_equal(mask, item.coding.ignore_index)

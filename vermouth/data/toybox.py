@@ -8,8 +8,8 @@ __all__ = ['LABELS', 'geometry', 'photo', 'sketch', 'scene', 'ToyItem', 'render'
 # %% ../../nbs/data/01_toybox.ipynb #1642b46d
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -331,14 +331,9 @@ class ToyItem:
     facts: Facts = field(default_factory=dict)  # what else the renderer drew
 
 # %% ../../nbs/data/01_toybox.ipynb #de3eba25
-def render(
-    kind: str,                        # "photo", "sketch" or "scene"
-    name: str,                        # category
-    instance: int,                    # which instance of the category, 0 or more
-    seed: int,                        # which data set
-    others: tuple[str, ...] = NAMES,  # what else a scene may hold
-) -> ToyItem:
-    "One item; everything random in it comes from these arguments."
+@lru_cache(maxsize=2048)  # about 20 kB each
+def _drawn(kind: str, name: str, instance: int, seed: int, others: tuple[str, ...]) -> ToyItem:
+    "As `render`; the item is not to be changed."
     label, mask, points = NAMES.index(name), None, None
     rng = np.random.default_rng([seed, KINDS.index(kind), label, instance])
     if kind == "photo":
@@ -349,9 +344,22 @@ def render(
         image, mask, caption, facts = scene(rng, name, others)
     return ToyItem(image, label, name, caption, mask, points, facts)
 
+
+def render(
+    kind: str,                        # "photo", "sketch" or "scene"
+    name: str,                        # category
+    instance: int,                    # which instance of the category, 0 or more
+    seed: int,                        # which data set
+    others: tuple[str, ...] = NAMES,  # what else a scene may hold
+) -> ToyItem:
+    "One item; everything random in it comes from these arguments. What was drawn lately is copied, not drawn again."
+    item = _drawn(kind, name, instance, seed, tuple(others))
+    mask, points = (None if array is None else array.copy() for array in (item.mask, item.points))
+    return replace(item, image=item.image.copy(), mask=mask, points=points, facts=dict(item.facts))
+
 # %% ../../nbs/data/01_toybox.ipynb #00584407
 class Toybox:
-    "A balanced, seeded list of rendered items; item i shows category i modulo the number of categories."
+    "A seeded list of rendered items; item i shows category i modulo their number. Raises VermouthError for n < 1."
 
     def __init__(
         self,

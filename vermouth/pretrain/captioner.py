@@ -76,9 +76,9 @@ def _copy_vision_tower(blip: BlipForConditionalGeneration, folder: Path) -> None
 def train_captioner(
     out: Path,                      # the family's folder, with clip and tokenizer; writes out/captioner
     logs: Path,                     # log.csv and checkpoint
-    s: Schedule = CAPTIONER_SCHEDULE,
+    s: Schedule = CAPTIONER_SCHEDULE,  # steps, batch, learning rate
     count: int = 36_000,            # rendered images to train on
-    device: str = "cpu",
+    device: str = "cpu",            # to train on
 ) -> BlipForConditionalGeneration:  # in float32
     "Train on captions of all categories, save with its processor in fp16."
     out, renders = Path(out), render(count)

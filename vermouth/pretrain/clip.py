@@ -37,8 +37,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", "<start>", *words, ".", ",", "<end>"])}
     t = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     t.normalizer = normalizers.Lowercase()
-    marks = [pre_tokenizers.Split(mark, "isolated") for mark in (",", ".")]
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), *marks])
+    punctuation = [pre_tokenizers.Split(sign, "isolated") for sign in (",", ".")]
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), *punctuation])
     t.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[(w, vocabulary[w]) for w in ("<start>", "<end>")]
     )
@@ -179,7 +179,7 @@ def train_clip(
     s: Schedule = CLIP_SCHEDULE,         # both towers
     image_s: Schedule = IMAGE_SCHEDULE,  # the image tower alone
     count: int = 60_000,                 # rendered images of each stage
-    device: str = "cpu",
+    device: str = "cpu",                 # to train on
 ) -> tuple[open_clip.CLIP, PreTrainedTokenizerFast]:
     "Train on captions of all categories, save."
     tokenizer = make_tokenizer()

@@ -50,12 +50,18 @@ class Renders:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: np.ndarray | slice) -> Tensor:  # (B,3,64,64) float in [-1,1]
+    def batch(
+        self,
+        index: np.ndarray | slice,  # B of them
+    ) -> Tensor:                    # (B,3,64,64) float in [-1,1]
         "The images of these indices."
         return torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
-    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:  # (B,3,64,64) float in [-1,1] each
-        "All images in order, the last batch may be smaller."
+    def batches(
+        self,
+        batch_size: int = 64,  # images, in the last batch fewer
+    ) -> Iterator[Tensor]:     # (B,3,64,64) float in [-1,1] each
+        "All images in order."
         return (self.batch(slice(i, i + batch_size)) for i in range(0, len(self), batch_size))
 
 # %% ../../nbs/pretrain/00_common.ipynb #57b7c265
@@ -137,17 +143,23 @@ class Schedule:
     batch_size: int    # images per step
     lr: float          # peak learning rate of AdamW
     warmup: int = 200  # steps of linear warm-up, then a cosine to zero
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # AdamW's
     ema: float = 0.999  # decay of the moving average that is shipped
     clip: float = 1.0   # gradient norm
     seed: int = 42      # weights, batches, noise
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(
+        self,
+        step: int,  # from 0
+    ) -> float:
         "Learning rate of this step."
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * min(1, (step + 1) / self.warmup) * (0.01 + 0.99 * cosine)
 
-    def draw(self, step: int) -> np.random.Generator:
+    def draw(
+        self,
+        step: int,  # from 0
+    ) -> np.random.Generator:
         "The generator that picks the batch of this step."
         return np.random.default_rng([self.seed, step])
 
@@ -232,9 +244,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def fit(
     model: Model,               # trained in place
     loss_fn: Callable[[nn.Module, int], dict[str, Tensor]],  # (model, step) → named losses, the first is minimised
-    s: Schedule,
+    s: Schedule,                # steps, batch, learning rate
     folder: Path,               # log.csv and the checkpoint go here
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # to train on
     every: int = 50,            # steps between rows of the log
     save_seconds: float = 180,  # seconds between checkpoints
     stop: int | None = None,    # end after this many steps of the schedule, to continue another time
@@ -360,7 +372,7 @@ def learning_curve(
 ) -> Figure:
     "Logged numbers over steps; on a logarithmic axis if they shrink to less than a fifth."
     table = pd.read_csv(log)
-    fig, axs = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.6), squeeze=False)
+    fig, axs = plt.subplots(1, len(columns), figsize=(3.95 * len(columns), 2.6), squeeze=False)
     for ax, column in zip(axs[0], columns):
         sns.lineplot(table, x="step", y=column, ax=ax)
         if (table[column] > 0).all() and table[column].max() > 5 * table[column].min():

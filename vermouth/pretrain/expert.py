@@ -56,9 +56,9 @@ def _save(expert: nn.Module, folder: Path) -> None:
 def train_expert(
     out: Path,            # the family's folder; writes out/expert
     logs: Path,           # log.csv and checkpoint
-    s: Schedule = EXPERT_SCHEDULE,
+    s: Schedule = EXPERT_SCHEDULE,  # steps, batch, learning rate
     count: int = 36_000,  # rendered photos to train on
-    device: str = "cpu",
+    device: str = "cpu",  # to train on
 ) -> nn.Module:
     "Train on photos of seen categories by cross-entropy with a little label smoothing, save."
     renders = render(count, {"photo": 1.0}, "seen")

@@ -47,12 +47,12 @@ def stored_vectors(
     known: list[Tensor] = []
     if path.is_file():
         with safe_open(path, "pt") as f:
-            known = [f.get_tensor("vectors").float()] if (f.metadata() or {}).get("mark") == digest else []
+            known = [f.get_tensor("vectors").float()] if (f.metadata() or {}).get("digest") == digest else []
     done = sum(map(len, known))
     for i in tqdm(range(done, len(images), _PART), desc="teacher", disable=quiet):
         known.append(teacher.embed(images[i : i + _PART]).float().cpu())
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({"vectors": torch.cat(known).half()}, {"mark": digest}))
+        write_atomic(path, save({"vectors": torch.cat(known).half()}, {"digest": digest}))
     return torch.cat(known)
 
 # %% ../../nbs/pretrain/08_student.ipynb #51877ece
@@ -124,9 +124,9 @@ def distil(
     images: Images,        # many, without labels, of the kind that will be searched
     logs: str | Path,      # folder of the teacher's vectors, log.csv and the checkpoint
     widths: Sequence[int] = STUDENT_WIDTHS,  # channels of each level
-    s: Schedule = STUDENT_SCHEDULE,
+    s: Schedule = STUDENT_SCHEDULE,  # steps, batch, learning rate
     size: int = 64,        # side in pixels of the student's images
-    device: str = "cpu",
+    device: str = "cpu",   # to train on
     quiet: bool = False,   # no progress bar
     vectors: Tensor | None = None,  # (N,D) of the teacher, where they are known; None asks it
 ) -> Student:

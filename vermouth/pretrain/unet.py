@@ -128,9 +128,9 @@ def _save_family(out: Path, unet: UNet2DConditionModel) -> None:
 def train_unet(
     out: Path,              # the family's folder, with VAE, text encoder and tokenizer
     logs: Path,             # log.csv, checkpoint and latents
-    s: Schedule = UNET_SCHEDULE,
+    s: Schedule = UNET_SCHEDULE,  # steps, batch, learning rate
     count: int = 36_000,    # rendered images to train on
-    device: str = "cpu",
+    device: str = "cpu",    # to train on
 ) -> UNet2DConditionModel:  # in float32
     "Encode the images once, train on their latents, save in fp16."
     out, noise = Path(out), DDIMScheduler(**NOISE_CONFIG)
@@ -199,7 +199,7 @@ def train_unet_on_device(
     device: str = "cuda",
 ) -> UNet2DConditionModel:  # in float32
     "Train on images that other processes render meanwhile. What was drawn depends on how fast they are."
-    noise, marks = DDIMScheduler(**NOISE_CONFIG), {s.steps // part: part for part in (8, 4, 2)}
+    noise, shares = DDIMScheduler(**NOISE_CONFIG), {s.steps // part: part for part in (8, 4, 2)}
     noise.alphas_cumprod = noise.alphas_cumprod.to(device)
     pool = LatentPool(FrozenParts.load(out, device), count + 500, captions, torch.device(device))
     with RenderAhead(count, workers) as ahead:
@@ -208,7 +208,7 @@ def train_unet_on_device(
             return _losses(model, noise, *_draw(pool, s.batch_size))
 
         def more(step: int, average: UNet2DConditionModel) -> None:
-            if part := marks.get(step):
+            if part := shares.get(step):
                 half = {name: x.half().contiguous() for name, x in average.state_dict().items()}
                 save_file(half, logs / f"one_{part}.safetensors")
             for renders in ahead.take(4):
@@ -244,12 +244,12 @@ def loss_by_band(
 # %% ../../nbs/pretrain/03_unet.ipynb #b0487003
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel,
-    parts: FrozenParts,
-    prompts: list[str],
+    unet: UNet2DConditionModel,  # the denoiser
+    parts: FrozenParts,     # VAE, text encoder, tokenizer
+    prompts: list[str],     # B captions
     steps: int = 25,        # of DDIM
     guidance: float = 3.0,  # 1 is none
-    seed: int = 0,
+    seed: int = 0,          # of the first noise
 ) -> Tensor:                # (B,3,64,64) in [-1,1]
     "Images for prompts, by DDIM with classifier-free guidance."
     noise = DDIMScheduler(**NOISE_CONFIG)

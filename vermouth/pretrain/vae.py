@@ -53,10 +53,10 @@ def _batch(renders: Renders, s: Schedule, step: int) -> Tensor:
 def train_vae(
     out: Path,            # the family's folder; the autoencoder goes to out/vae
     logs: Path,           # log.csv and checkpoint
-    s: Schedule = VAE_SCHEDULE,
+    s: Schedule = VAE_SCHEDULE,  # steps, batch, learning rate
     count: int = 60_000,  # rendered images to train on
     measured: int = 600,  # rendered images that the scaling factor is measured on
-    device: str = "cpu",
+    device: str = "cpu",  # to train on
 ) -> AutoencoderKL:       # in float32
     "Train, measure the latents' scale, save in fp16."
     renders = render(count)
