@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import faiss
 import pytest
+import torch
 
 NOBODY = 65534
 
@@ -66,6 +67,15 @@ def locked(folder, path, mode=0):
             path.chmod(0o755)
 
 
+def one_thread():
+    """Let a fork compute in one thread. A team of OpenMP threads does not survive a fork: the child would wait for it.
+
+    torch makes its pool anew at the first use after a fork, and two threads that do so at once would break it.
+    """
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+
+
 def show_warnings():
     "Print warnings as Python does where pytest does not collect them."
 
@@ -84,7 +94,7 @@ def run_child(words, prepare=lambda: None, stdout=None):
     """
     pipes = [os.pipe(), os.pipe()]
     if not (pid := os.fork()):
-        faiss.omp_set_num_threads(1)  # a team of OpenMP threads does not survive a fork: the child would wait for it
+        one_thread()
         code = 70
         try:
             with open(stdout or os.devnull, "wb") as file:
