@@ -4,7 +4,7 @@ import os
 import traceback
 from functools import cache
 
-from disks import one_thread
+import faiss
 from odd_files import Grey
 
 from vermouth.app.search import Index, build_index
@@ -49,7 +49,7 @@ def run_forked(work):
     "Run in a process that can be killed; return its id."
     if pid := os.fork():
         return pid
-    one_thread()
+    faiss.omp_set_num_threads(1)  # a team of OpenMP threads does not survive a fork: the child would wait for it
     try:
         work()
     except BaseException:
