@@ -479,15 +479,20 @@ def load_networks(
     for name, source in sources.items():
         if source == expert:
             continue
+        if why := missing_weights(source):
+            absent[name] = why
+            continue
         try:
-            if why := missing_weights(source):
-                raise VermouthError(why)
             found[name] = load_expert(source, device=device)
         except VermouthError as e:
             absent[name] = str(e)
     return found, absent
 
 # %% ../nbs/library/14_baselines.ipynb #net00006
+def digests(images: Sequence[Tensor] | Tensor) -> list[bytes]:  # of each image's numbers, on the CPU
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+
 def remembered(
     embed: Embed,  # that reads no prompts
 ) -> Embed:
@@ -495,7 +500,7 @@ def remembered(
     known: dict[bytes, Tensor] = {}
 
     def recall(images: list, prompts: list[str]) -> Tensor:
-        keys = [hashlib.sha256(x.numpy().tobytes()).digest() for x in map(image_tensor, images)]
+        keys = digests([image_tensor(image) for image in images])
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if new:
             known.update(zip(new, embed([*new.values()], [""] * len(new)).cpu(), strict=True))

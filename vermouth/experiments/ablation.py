@@ -7,7 +7,6 @@ __all__ = ['CachedBackbone', 'PerImageNoise', 'Trial', 'Ablation', 'load_ablatio
 
 # %% ../../nbs/experiments/02_ablation.ipynb #107f0b9b
 import copy
-import hashlib
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/experiments/02_ablation.ipynb #08a70722
 from vermouth.backbone import Backbone, FeatureSettings, load_backbone, prompt_list
-from vermouth.baselines import Embed, nearest_class_mean
+from vermouth.baselines import Embed, digests, nearest_class_mean
 from vermouth.core import VermouthError, choose
 from vermouth.data import fewshot, sbir, segmentation
 from vermouth.data.extraction import in_chunks
@@ -52,10 +51,6 @@ from vermouth.text import (
     make_prompts,
     text_embeddings,
 )
-
-# %% ../../nbs/experiments/02_ablation.ipynb #c8d5ba77
-def _digests(images: Tensor) -> list[bytes]:  # of (B,C,H,W)
-    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.cpu()]
 
 # %% ../../nbs/experiments/02_ablation.ipynb #dd26a7e8
 class _Uncached(Backbone):
@@ -98,7 +93,7 @@ class CachedBackbone(_Uncached):
         batch = self.prepare(images, size, value_range)
         if settings != self.settings:
             self.settings, self.cache, self.bytes = settings, {}, 0
-        keys = list(zip(_digests(batch), prompt_list(prompts, len(batch)), strict=True))
+        keys = list(zip(digests(batch.cpu()), prompt_list(prompts, len(batch)), strict=True))
         new = [i for i, key in enumerate(keys) if key not in self.cache]
         maps = self._compute(batch[new], [keys[i][1] for i in new], batch_size, settings) if new else []
         known = self.cache | {keys[i]: pyramid for i, *pyramid in zip(new, *maps, strict=True)}
@@ -110,13 +105,13 @@ class CachedBackbone(_Uncached):
 # %% ../../nbs/experiments/02_ablation.ipynb #36c13878
 @patch
 def _encode(self: CachedBackbone, images: Tensor) -> Tensor:
-    digests = _digests(images)
-    new = {digest: i for i, digest in enumerate(digests) if digest not in self.latents}
+    keys = digests(images.cpu())
+    new = {key: i for i, key in enumerate(keys) if key not in self.latents}
     fresh = Backbone._encode(self, images[list(new.values())]) if new else []  # type: ignore[attr-defined] # patched on
     known = self.latents | dict(zip(new, fresh, strict=True))
     if sum(x.nbytes for x in known.values()) < self.capacity / 4:
         self.latents = known
-    return torch.stack([known[digest] for digest in digests])
+    return torch.stack([known[key] for key in keys])
 
 # %% ../../nbs/experiments/02_ablation.ipynb #eeb98b95
 class PerImageNoise(CachedBackbone):

@@ -703,7 +703,6 @@ def study_table(
 # %% ../../nbs/tasks/01_fewshot.ipynb #14f7af14
 def study_curves(
     rows: Sequence[Row],         # from `baseline_rows` and `trained_rows`
-    marked: Sequence[str] = (),  # methods that are not results, drawn dashed
 ) -> Figure:
     "Draw accuracy against shots, with 95 % intervals; methods without shots are level lines."
     table, fig = pd.DataFrame(rows), Figure(figsize=(7.9, 4.8), layout="constrained")
@@ -711,7 +710,7 @@ def study_curves(
     for i, (name, part) in enumerate(trained.groupby("method", sort=False)):
         each = study_intervals(part.to_dict("records")).loc[name]
         whiskers = [(each["mean"] - each.low).clip(lower=0), (each.high - each["mean"]).clip(lower=0)]
-        line = "--" if name in marked else "-" if i < len(OKABE_ITO) else "-."
+        line = "-" if i < len(OKABE_ITO) else "-."
         style: dict[str, Any] = {"ls": line, "color": OKABE_ITO[i % len(OKABE_ITO)], "lw": 2.2 if i == 0 else 1.2}
         ax.errorbar(each.index, each["mean"], whiskers, label=name, marker="os^vD"[i % 5], ms=4, capsize=2, **style)
     for i, row in enumerate(table[table.shots == 0].itertuples()):
