@@ -12,6 +12,7 @@ from PIL import Image
 from program import run_here
 from safetensors.torch import save_file
 from test_data_kinds import HALF, class_tree, folder_of, litter
+from transformer_layout import pipeline
 
 from vermouth.app.check import check
 
@@ -39,6 +40,13 @@ def ways(root):
         layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
         return tensors(name, **{f"{layer}.lora_A.weight": (4, width), f"{layer}.lora_B.weight": (320, 4)})
 
+    def transformer(kind):
+        pipeline(kind).transformer.save_pretrained(root / "transformer")
+        return root / "transformer"
+
+    def kohya(layer):
+        return tensors("a.safetensors", **{f"{layer}.lora_down.weight": (2, 8), f"{layer}.lora_up.weight": (24, 2)})
+
     def packed():
         Image.new("RGB", (4, 4)).save(root / "a.png")
         with tarfile.open(root / "a.tar", "w") as tar:
@@ -63,6 +71,9 @@ def ways(root):
         "part of a checkpoint": (lambda: TOYBOX / "text_encoder", "unknown", "a part of the checkpoint"),
         "U-Net": (lambda: TOYBOX / "unet", "U-Net", ""),
         "U-Net, its file": (lambda: TOYBOX / "unet/diffusion_pytorch_model.safetensors", "U-Net", ""),
+        "transformer": (lambda: transformer("flux"), "transformer", ""),
+        "transformer in a folder": (lambda: transformer("pixart").parent, "transformer", ""),
+        "transformer, its file": (lambda: next(transformer("sd3").glob("*.safetensors")), "transformer", ""),
         "CLIP": (lambda: TOYBOX / "clip", "CLIP", ""),
         "captioner": (lambda: TOYBOX / "captioner", "captioner", ""),
         "expert": (lambda: TOYBOX / "expert", "expert", ""),
@@ -71,6 +82,13 @@ def ways(root):
         "LoRA": (lambda: lora(768), "LoRA", ""),
         "LoRA in a folder": (lambda: lora(1024, "my.safetensors").parent, "LoRA", ""),
         "LoRA of a stranger": (lambda: lora(4096), "LoRA", "texts of width 4096"),
+        "LoRA in FLUX's own names": (lambda: kohya("lora_unet_double_blocks_0_img_attn_qkv"), "LoRA", ""),
+        "LoRA in SD3's own names": (lambda: kohya("lora_unet_joint_blocks_0_x_block_attn_qkv"), "LoRA", "FLUX's names"),
+        "single file of FLUX": (
+            lambda: tensors("a.safetensors", **{"double_blocks.0.x": (1,)}),
+            "unknown",
+            "FluxTransformer2DModel.from_single_file",
+        ),
         "single file": (lambda: tensors("a.safetensors", **single), "unknown", "from_single_file"),
         "other weights": (lambda: tensors("a.safetensors", a=(1,)), "unknown", "of an unknown model"),
         "damaged weights": (lambda: written("a.safetensors", b"no") / "a.safetensors", "unknown", "not a whole file"),

@@ -117,7 +117,7 @@ def test_a_part_that_is_missing_is_named_with_its_place(part, folder):
 def test_what_trainers_leave_alone_says_what_it_goes_over(folder, tmp_path):
     for place in ("trained/unet", "ema/unet_ema", "bare"):
         shutil.copytree(folder / "unet", tmp_path / place)
-        with pytest.raises(VermouthError, match=r"A U-Net alone goes over its base: load_backbone\(base, unet="):
+        with pytest.raises(VermouthError, match=r"A denoiser alone goes over its base: load_backbone\(base, unet="):
             load_backbone(tmp_path / Path(place).parts[0], "cpu")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/pytorch_lora_weights.safetensors").touch()

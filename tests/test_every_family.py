@@ -1,10 +1,12 @@
 """What a denoiser of every kind must do: each checkpoint is random, saved by diffusers' pipeline, and loaded by name.
 
+All have the published configurations at an eighth of the width; of the transformers' layers some are left.
 Shapes and neighbours in a batch are checked beside what is special to a family, in the other files.
 """
 
 import warnings
 
+import published_layout
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,21 +21,20 @@ from vermouth.train import train_head
 
 SIZE, T, PROMPTS = 64, 200, ["a photo of a cat", "a dog"]
 U_NETS = ("sd1", "sd-turbo", "lcm", "inpainting", "depth", "sdxl", "sdxl-turbo")
-TRANSFORMERS = ("pixart", "pixart-sigma", "sd3", "sd3.5", "flux", "flux-schnell")
-KINDS = (*U_NETS, "cleandift", *TRANSFORMERS)
+KINDS = (*U_NETS, "cleandift", *published_layout.FOLDERS)
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, transformer_folders):
+def opened(tmp_path_factory):
     "Load a kind's checkpoint by its folder's name; what is loaded twice stays."
     root, known = tmp_path_factory.mktemp("families"), {}
 
     def load(kind, dtype="float32"):
         if (kind, dtype) not in known:
             over, base = {}, "sd1" if kind == "cleandift" else kind
-            folder = transformer_folders.get(kind) or str(root / base)
-            if kind not in transformer_folders and not (root / base).exists():
-                unet_layout.write_folder(folder, base)
+            folder, layout = str(root / base), unet_layout if base in U_NETS else published_layout
+            if not (root / base).exists():
+                layout.write_folder(folder, base)
             if kind == "cleandift":  # a U-Net alone, over the checkpoint that it was trained from
                 unet_layout.pipeline(base, seed=1).unet.save_pretrained(root / kind)
                 over = {"unet": root / kind}

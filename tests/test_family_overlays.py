@@ -105,6 +105,87 @@ def test_another_unet_and_a_variant_over_sdxl(sdxl, tmp_path):
         load_backbone(sdxl, "cpu", variant="fp16")
 
 
+def flux_lora(rows, rank=6):
+    "A random LoRA in the names of FLUX's original code, as kohya's scripts write it, for layers of these sizes."
+    torch.manual_seed(3)
+    lora = {}
+    for layer, (outputs, inputs) in rows.items():
+        lora[f"{layer}.lora_down.weight"] = torch.randn(rank, inputs)
+        lora[f"{layer}.lora_up.weight"] = torch.randn(outputs, rank)
+        lora[f"{layer}.alpha"] = torch.tensor(rank / 4)
+    return lora
+
+
+def test_a_flux_lora_in_the_original_codes_names_is_merged_as_diffusers_does(transformer_folders, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(transformer_folders["flux"])
+    width, double, single = pipe.transformer.inner_dim, "lora_unet_double_blocks_1", "lora_unet_single_blocks_2"
+    text = "lora_te1_text_model_encoder_layers_1_self_attn"
+    layers = {f"{double}_{stream}_attn_qkv": (3 * width, width) for stream in ("img", "txt")}
+    layers |= {f"{double}_{stream}_attn_proj": (width, width) for stream in ("img", "txt")}
+    layers |= {f"{double}_img_mlp_0": (4 * width, width), f"{double}_txt_mlp_2": (width, 4 * width)}
+    layers |= {f"{double}_img_mod_lin": (6 * width, width), f"{single}_linear2": (width, 5 * width)}
+    layers |= {f"{single}_modulation_lin": (3 * width, width)}
+    layers |= {f"{text}_q_proj": (16, 16), f"{text}_out_proj": (16, 16)}
+    kohya, plain = flux_lora(layers), DiffusionPipeline.from_pretrained(transformer_folders["flux"])
+    sparse = kohya[f"{double}_img_attn_qkv.lora_up.weight"]  # two ranks of six for each of query, key and value
+    sparse.mul_(torch.block_diag(*[torch.ones(width, 2)] * 3))
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    ours = load_backbone(transformer_folders["flux"], "cpu", lora=tmp_path / "kohya.safetensors")
+    pipe.load_lora_weights(tmp_path / "kohya.safetensors")
+    pipe.fuse_lora(components=["transformer", "text_encoder"])
+    pipe.unload_lora_weights()
+    changed = set()
+    for part in ("transformer", "text_encoder"):
+        found, before = ours.family.parts[part].state_dict(), getattr(plain, part).state_dict()
+        for name, x in getattr(pipe, part).state_dict().items():
+            torch.testing.assert_close(found[name], x, atol=1e-5, rtol=1e-5)
+            if not torch.equal(x, before[name]):
+                changed.add(name)
+    assert len(changed) == 2 * 3 + len(layers) - 2
+
+
+SPELLINGS = {  # of a layer and a half
+    "kohya": ("lora_unet_double_blocks_0_img_attn_{}.lora_{}.weight", ("down", "up")),
+    "comfy": ("diffusion_model.double_blocks.0.img_attn.{}.lora_{}.weight", ("down", "up")),
+    "peft": ("base_model.model.double_blocks.0.img_attn.{}.lora_{}.weight", ("A", "B")),
+    "xlabs": ("double_blocks.0.processor.{}_lora1.{}.weight", ("down", "up")),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_the_original_names_gives_the_same_sum(spelling, transformer_folders, tmp_path):
+    flux, (form, halves) = transformer_folders["flux"], SPELLINGS[spelling]
+    plain, lora, sums = load_backbone(flux, "cpu").transformer, {}, {}
+    for layer, outputs in (("qkv", 3 * plain.inner_dim), ("proj", plain.inner_dim)):
+        a, b = torch.randn(4, plain.inner_dim), torch.randn(outputs, 4)
+        lora |= dict(zip([form.format(layer, half) for half in halves], (a, b), strict=True))
+        sums[layer] = b @ a
+    save_file(lora, tmp_path / "x.safetensors")
+    changed = load_backbone(flux, "cpu", lora=tmp_path / "x.safetensors").transformer
+    new, old = changed.transformer_blocks[0].attn, plain.transformer_blocks[0].attn
+    parts = [getattr(new, name).weight - getattr(old, name).weight for name in ("to_q", "to_k", "to_v")]
+    torch.testing.assert_close(torch.cat(parts), sums["qkv"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(new.to_out[0].weight - old.to_out[0].weight, sums["proj"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_flux_lora_keeps_the_factor_of_its_last_layer_or_is_refused(transformer_folders, tmp_path):
+    flux, place = transformer_folders["flux"], tmp_path / "x.safetensors"
+    plain = load_backbone(flux, "cpu").transformer
+    width, last = plain.inner_dim, "lora_unet_final_layer_linear"
+    kohya = flux_lora({"lora_unet_double_blocks_0_img_attn_proj": (width, width), last: (64, width)})
+    save_file(kohya, place)
+    product = kohya[f"{last}.lora_up.weight"] @ kohya[f"{last}.lora_down.weight"] / 4
+    moved = load_backbone(flux, "cpu", lora=place).transformer.proj_out.weight - plain.proj_out.weight
+    torch.testing.assert_close(moved, product, atol=1e-5, rtol=1e-4)
+    for layer, why in {"single_blocks_0_linear1": "layers or sizes than FLUX", "double_blocks_0_x": "_0_x"}.items():
+        save_file(flux_lora({f"lora_unet_{layer}": (7 * width, width)}), place)
+        with pytest.raises(VermouthError, match=f"names of FLUX's original code, as .*cannot convert it .*{why}"):
+            load_backbone(flux, "cpu", lora=place)
+    save_file(flux_lora({"lora_unet_joint_blocks_0_x_block_attn_qkv": (width, width)}), place)
+    with pytest.raises(VermouthError, match="Stable Diffusion 3's original code.*knows FLUX's names only.*as unet="):
+        load_backbone(transformer_folders["sd3"], "cpu", lora=place)
+
+
 @pytest.mark.parametrize("kind", ["pixart", "sd3", "flux"])
 def test_another_transformer_and_a_lora_over_one(kind, transformer_folders, tmp_path):
     folder = transformer_folders[kind]

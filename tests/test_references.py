@@ -114,5 +114,8 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 def test_bench_measures_every_size_and_lists_them():
     said = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "400"}).output
     assert all(f"{size}," in said or f"{size}." in said for size in SIZES)
-    rows = benchmark("sdxl", 64, device="cpu", dtypes=("float32",), width=8)
-    assert len(rows) == 5 and all(row["operations"] > 0 for row in rows)
+    for size, lowest in (("sdxl", "mid"), ("pixart-512", "block6")):
+        rows = benchmark(size, 64, device="cpu", dtypes=("float32",), width=8)
+        assert len(rows) == 5 and all(row["operations"] > 0 for row in rows)
+        operations = {row["what"]: row["operations"] for row in rows}
+        assert operations[lowest] < 0.6 * operations["mid, up"]

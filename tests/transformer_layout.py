@@ -140,15 +140,20 @@ def flux(kind):
     )
 
 
+def stir_norms(transformer):
+    "Let AdaLN layers do something, as in a trained model."
+    with torch.no_grad():
+        for name, x in transformer.named_parameters():
+            if "norm" in name or "adaln" in name:
+                x.add_(0.05 * torch.randn_like(x))
+
+
 def pipeline(kind, seed=0):
     "A tiny pipeline of one of `KINDS`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = {"p": pixart, "s": sd3, "f": flux}[kind[0]](kind)
-        with torch.no_grad():  # AdaLN layers do something, as in a trained model
-            for name, x in made.transformer.named_parameters():
-                if "norm" in name or "adaln" in name:
-                    x.add_(0.05 * torch.randn_like(x))
+        stir_norms(made.transformer)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -87,9 +87,9 @@ def _what_it_is(folder: Path) -> str:
     "What a folder without the parts of a checkpoint is for, as a remedy."
     if any(folder.glob("*lora*.safetensors")) or (folder / "adapter_config.json").is_file():
         return f"It holds a LoRA: load_backbone(base, lora={str(folder)!r}), with the checkpoint it was trained from."
-    unets = [place for place in (folder / "unet", folder / "unet_ema", folder) if (place / "config.json").is_file()]
-    if unets:
-        return f"A U-Net alone goes over its base: load_backbone(base, unet={str(unets[0])!r})."
+    places = (folder / "unet", folder / "unet_ema", folder / "transformer", folder)
+    if found := [place for place in places if (place / "config.json").is_file()]:
+        return f"A denoiser alone goes over its base: load_backbone(base, unet={str(found[0])!r})."
     return (
         "Give a folder in diffusers format; StableDiffusionPipeline.from_single_file(…).save_pretrained(folder) "
         "makes one of a single file."
@@ -324,6 +324,7 @@ class LowRank:
     pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]]
 
 # %% ../nbs/library/07_checkpoint.ipynb #a80ecffd
+_HALVES = {"A": "down", "B": "up"}  # PEFT's names
 _PAIR = re.compile(r"(.+?)_lora_(?:linear_layer_)?(A|B|down|up)(?:_\w+)?_weight")
 _LORA_PREFIXES = {
     "lora_te2_": "text_encoder_2",
@@ -331,11 +332,13 @@ _LORA_PREFIXES = {
     "transformer_": "transformer",
     "lora_te1_": "text_encoder",
     "lora_te_": "text_encoder",
+    "text_encoders_clip_l_transformer_": "text_encoder",
     "base_model_model_text_encoder_": "text_encoder",
     "text_encoder_": "text_encoder",
-    "lora_unet_": "unet",
+    "lora_transformer_": "transformer",
+    "lora_unet_": "",  # the denoiser, whichever it is
     "base_model_model_unet_": "unet",
-    "base_model_model_": "",  # the denoiser, whichever it is
+    "base_model_model_": "",
     "unet_": "unet",
 }
 
@@ -397,6 +400,53 @@ def _lora_settings(
         return dict.fromkeys(_PARTS, read_json(beside, f"{what}: its adapter_config.json"))
     return {}
 
+# %% ../nbs/library/07_checkpoint.ipynb #f1a6c03e
+# layers of transformers in the names of their original code
+_ORIGINAL = {"FLUX": r"(?:double|single)_blocks[._]", "Stable Diffusion 3": r"joint_blocks[._]"}
+_TEXT = re.compile(r"lora_te|text_encoder")  # how the names of text encoders' layers begin
+
+
+def _kohya_names(
+    tensors: dict[str, Tensor],  # of the denoiser
+) -> dict[str, Tensor]:
+    "A LoRA with original names as kohya's scripts write them, in float32 and with its factors multiplied in."
+    named = {re.sub(r"^(lora_unet_|base_model\.model\.|diffusion_model\.)?", "lora_unet_", n): n for n in tensors}
+    named = {re.sub(r"\.lora_([AB])\.", lambda m: f".lora_{_HALVES[m[1]]}.", new): n for new, n in named.items()}
+    halves = {new: tensors[n].float() for new, n in named.items()}
+    for name in [name for name in halves if name.endswith(".alpha")]:
+        down = name.replace(".alpha", ".lora_down.weight")
+        halves[down] = halves[down] * (halves.pop(name).item() / len(halves[down]))
+    return halves
+
+
+# %% ../nbs/library/07_checkpoint.ipynb #f1a6c03f
+def _diffusers_names(
+    what: str,                   # begins the message
+    tensors: dict[str, Tensor],  # of a LoRA
+) -> dict[str, Tensor]:
+    "A LoRA in diffusers' names, where it has those of a transformer's original code. Raises VermouthError."
+    found = [(model, name) for model, layer in _ORIGINAL.items() for name in tensors if re.search(layer, name)]
+    if not found:
+        return tensors
+    model, name = found[0]
+    texts = {n: x for n, x in tensors.items() if _TEXT.match(n)}
+    denoiser = {n: x for n, x in tensors.items() if n not in texts}
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    try:
+        if model != "FLUX":
+            raise ValueError("it knows FLUX's names only")
+        ready = denoiser if any(".processor." in n for n in denoiser) else _kohya_names(denoiser)
+        converted = FluxLoraLoaderMixin.lora_state_dict(ready)
+    except Exception as error:  # names and sizes that do not fit raise anything
+        reason = " ".join(str(error).split())[:120] or "other layers or sizes than FLUX.1's"
+        raise VermouthError(
+            f"{what}: in the names of {model}'s original code, as {name!r}, and diffusers cannot convert it "
+            f"({reason}). Save it with diffusers' names, or merge it and pass the transformer as unet=."
+        ) from error
+    return texts | {f"transformer.{n.removeprefix('transformer.')}": x for n, x in converted.items()}
+
+
 # %% ../nbs/library/07_checkpoint.ipynb #cfaa1878
 def _read_lora(
     what: str,   # begins the message
@@ -404,7 +454,7 @@ def _read_lora(
     denoiser: str = "unet",  # the part that layers without a part's name belong to
 ) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
     "The pairs of matrices in one file. Raises VermouthError for additions of another form."
-    tensors, settings = load_file(path), _lora_settings(what, path)
+    tensors, settings = _diffusers_names(what, load_file(path)), _lora_settings(what, path)
     if not tensors:
         raise VermouthError(f"{what}: holds no layers. Fetch it again.")
     check_finite(tensors.values(), what)
@@ -420,7 +470,7 @@ def _read_lora(
         prefix = next((p for p in _LORA_PREFIXES if layer.startswith(p)), "")
         part = _LORA_PREFIXES.get(prefix) or denoiser
         key = part, _diffusers_blocks(layer.removeprefix(prefix).removeprefix("text_model_"))
-        halves[key][{"A": "down", "B": "up"}.get(pair[2], pair[2]) if pair else "alpha"] = x
+        halves[key][_HALVES.get(pair[2], pair[2]) if pair else "alpha"] = x
     pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {part: {} for part in _PARTS}
     for (part, layer), half in halves.items():
         if not {"down", "up"} <= set(half) or half["down"].ndim < 2:

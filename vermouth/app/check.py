@@ -23,6 +23,7 @@ from ..core import VermouthError, printable
 from ..data import fewshot, sbir, segmentation
 from ..data.items import Item, entries, images_below
 from ..data.masks import MASK_SUFFIXES, Coding, MaskItem, read_numbers, readable_items
+from ..families.kinds import KINDS
 from ..images import is_image_name, open_image, read_image
 
 # %% ../../nbs/app/10_check.ipynb #8fde8cb4
@@ -119,22 +120,28 @@ def _checkpoint(path: Path) -> Found:
     found = load_backbone(path, "cpu", "bfloat16")
     part, model = next(iter(found.family.models.items()))
     count, title = sum(p.numel() for p in model.parameters()), found.family.title
-    about = f"{title}: {count / 1e6:.0f} million weights in its {part}, {min(found.native_size)} px"
+    millions = round(count / 1e6, 0 if count > 1e7 else 1)
+    about = f"{title}: {millions:g} million weights in its {part}, {min(found.native_size)} px"
     return about, [_line("vermouth index PHOTOS --out INDEX --model {}", path), _line(f"{_EXTRACT} --model {{}}", path)]
 
 # %% ../../nbs/app/10_check.ipynb #0e594ce5
-def _unet(path: Path) -> Found:
+def _overlay_of(path: Path) -> list[str]:  # commands
+    return [_line(f"{_EXTRACT} --model BASE --unet {{}}", path)]
+
+
+def _denoiser(path: Path, part: str = "unet") -> Found:
     import torch
 
     from vermouth.checkpoint import find_unet, read_json, read_part, weight_files
 
     what = f"unet={str(path)!r}:"
-    weights, place = find_unet(path, path)
+    weights, place = find_unet(path, path, part=part)
     config = read_json(place / "config.json", f"{what} config.json")
-    read_part(what, weight_files(weights), "unet", config, torch.bfloat16)
-    width = config.get("cross_attention_dim")
-    base = _WIDTHS.get(width, f"a checkpoint with texts of width {width}")
-    return f"for {base}", [_line(f"{_EXTRACT} --model BASE --unet {{}}", path)]
+    name, width = config.get("_class_name"), config.get("cross_attention_dim")
+    kind = next(kind for kind in KINDS.values() if name in kind.weights.get(part, ()))
+    read_part(what, weight_files(weights), part, config, torch.bfloat16, kind=kind)
+    base = _WIDTHS.get(width, f"a checkpoint with texts of width {width}") if part == "unet" else kind.title
+    return f"for {base}", _overlay_of(path)
 
 # %% ../../nbs/app/10_check.ipynb #d61bc2a8
 def _lora(path: Path) -> Found:
@@ -192,6 +199,14 @@ def _warn_of_unreadable(items: Sequence[Any]) -> None:  # with `image`
         warnings.warn(f"{what}. The first: {wrong[0]}", stacklevel=2)
 
 # %% ../../nbs/app/10_check.ipynb #2823c02f
+# how the tensors' names begin in files of one piece → the class of diffusers' that reads them
+_SINGLE = {
+    "model.diffusion_model.": "StableDiffusionPipeline",
+    "double_blocks.": "FluxTransformer2DModel",
+    "joint_blocks.": "SD3Transformer2DModel",
+}
+
+
 def _weights_file(path: Path) -> tuple[str, Callable[[], Found]]:  # kind, inspector
     "What a safetensors file is for. Raises VermouthError for one that nothing here reads."
     from vermouth.checkpoint import read_sizes
@@ -202,13 +217,16 @@ def _weights_file(path: Path) -> tuple[str, Callable[[], Found]]:  # kind, inspe
         raise VermouthError(f"{path}: not a whole file in safetensors format ({e}). Fetch it again.") from e
     if any("lora" in name.lower() for name in names):
         return "LoRA", partial(_lora, path)
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        raise VermouthError(
-            f"{path}: a single-file checkpoint. Make a folder of it: "
-            "StableDiffusionPipeline.from_single_file(path).save_pretrained(folder)."
-        )
+    for start, made_by in _SINGLE.items():
+        if any(name.startswith(start) for name in names):
+            raise VermouthError(
+                f"{path}: a single-file checkpoint. Make a folder of it: "
+                f"{made_by}.from_single_file(path).save_pretrained(folder)."
+            )
     if any(name.endswith("conv_in.weight") for name in names) and any("attn2" in name for name in names):
-        return "U-Net", lambda: (_count(len(names), "tensor"), [_line(f"{_EXTRACT} --model BASE --unet {{}}", path)])
+        return "U-Net", lambda: (_count(len(names), "tensor"), _overlay_of(path))
+    if any(name.startswith("transformer_blocks.0.") for name in names):
+        return "transformer", lambda: (_count(len(names), "tensor"), _overlay_of(path))
     first = min(names, default="none")
     raise VermouthError(f"{path}: {_count(len(names), 'tensor')} of an unknown model, as {first!r}. Give its folder.")
 
@@ -410,15 +428,15 @@ def _holds(*names: str) -> Callable[[Path], bool]:
     return lambda path: all((path / name).exists() for name in names)
 
 # %% ../../nbs/app/10_check.ipynb #884e9307
-def _config_says(key: str, value: str) -> Callable[[Path], bool]:
-    "A test for a folder whose config.json, or that of its unet/, says so."
+def _config_says(key: str, *values: str) -> Callable[[Path], bool]:
+    "A test for a folder whose config.json, or that of its unet/ or transformer/, says one of these."
 
     def says(path: Path) -> bool:
-        for place in (path / "config.json", path / "unet" / "config.json"):
+        for place in (path / "config.json", path / "unet/config.json", path / "transformer/config.json"):
             try:
                 if place.is_file() and place.stat().st_size < 1_000_000:
                     found = json.loads(place.read_bytes()).get(key)
-                    return found == value or value == "*" and found is not None
+                    return found in values or "*" in values and found is not None
             except (ValueError, AttributeError, RecursionError):
                 continue
         return False
@@ -426,16 +444,19 @@ def _config_says(key: str, value: str) -> Callable[[Path], bool]:
     return says
 
 # %% ../../nbs/app/10_check.ipynb #0981b90f
+_TRANSFORMERS = [name for kind in KINDS.values() for name in kind.weights.get("transformer", ())]
 _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Found]], ...] = (
     ("photo index", _holds("index.sqlite"), _index),
     ("feature store", _holds("state.json", "dataset_info.json"), _store),
     ("trained model", _holds("vermouth.json"), _model),
     ("checkpoint", _holds("model_index.json"), _checkpoint),
     ("checkpoint", _holds("unet", "vae"), _checkpoint),
+    ("checkpoint", _holds("transformer", "vae"), _checkpoint),
     ("LoRA", _holds("adapter_config.json"), _lora),
     ("LoRA", _holds("pytorch_lora_weights.safetensors"), _lora),
     ("CLIP", _holds("open_clip_config.json"), _clip),
-    ("U-Net", _config_says("_class_name", "UNet2DConditionModel"), _unet),
+    ("U-Net", _config_says("_class_name", "UNet2DConditionModel"), _denoiser),
+    ("transformer", _config_says("_class_name", *_TRANSFORMERS), partial(_denoiser, part="transformer")),
     ("captioner", _config_says("model_type", "blip"), _captioner),
     ("expert", _config_says("architecture", "*"), _expert),
 )

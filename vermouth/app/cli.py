@@ -181,7 +181,11 @@ def _finish(
 
 # %% ../../nbs/app/08_cli.ipynb #3295c55f
 _Unet = Annotated[
-    str, typer.Option(help="Another U-Net in this checkpoint: a folder, a file, a hub id.", show_default=False)
+    str,
+    typer.Option(
+        help="Another denoiser, U-Net or transformer, in this checkpoint: a folder, a file, a hub id.",
+        show_default=False,
+    ),
 ]
 _Lora = Annotated[list[str] | None, typer.Option(help="A LoRA to add: a file, a folder, a hub id. As often as needed.")]
 _Variant = Annotated[str, typer.Option(help="Weights of another name, as fp16.", show_default=False)]

@@ -58,7 +58,7 @@ def _unet(bb: Backbone) -> Any:
         "Pass a backbone with a U-Net, or measure our_way alone."
     )
 
-
+# %% ../../nbs/experiments/04_bench.ipynb #7a10c3e6
 @contextmanager
 def _all_kept(
     bb: Backbone,                  # its U-Net is left as it was found
@@ -77,20 +77,6 @@ def _all_kept(
         for name, block in unet_blocks(unet).items():
             undo.callback(block.register_forward_hook(partial(keep, name)).remove)
         yield outputs, weights
-
-# %% ../../nbs/experiments/04_bench.ipynb #76ba834c
-def _mean_map(
-    weights: dict[str, list[Tensor]],  # from `_all_kept`
-    block: int,                        # number of the up block
-    like: Tensor,                      # (B,C,h,w) of the level
-) -> Tensor:                           # (B,T,h,w)
-    "An up block's cross-attention of the last pass, averaged over heads and layers."
-    kept = [
-        passes[-1].unflatten(0, (len(like), -1)).mean(1)
-        for name, passes in weights.items()
-        if name.startswith(f"up_blocks.{block}.") and ".attn2." in name
-    ]
-    return torch.stack(kept).mean(0).mT.unflatten(2, like.shape[-2:])
 
 # %% ../../nbs/experiments/04_bench.ipynb #046e3bf4
 def _zeros(condition: Condition) -> Condition:
@@ -116,7 +102,13 @@ def released_way(
     *coarse, last, finest = [outputs[f"up{i}"] for i in range(len(bb.unet.up_blocks))]
     levels = [outputs["mid"], *coarse, torch.cat([last, finest], 1)]
     for i in attention_levels("up_cross", bb.family.table):  # those of the up block that starts at the level's size
-        levels[i] = torch.cat([levels[i], _mean_map(weights, i, levels[i])], 1)
+        kept = [
+            calls[-1].unflatten(0, (len(latents), -1)).mean(1)  # of the last pass, averaged over heads
+            for name, calls in weights.items()
+            if name.startswith(f"up_blocks.{i}.") and ".attn2." in name
+        ]
+        mean_map = torch.stack(kept).mean(0).mT.unflatten(2, levels[i].shape[-2:])  # and over layers: (B,T,h,w)
+        levels[i] = torch.cat([levels[i], mean_map], 1)
     return levels
 
 # %% ../../nbs/experiments/04_bench.ipynb #f7c4b79a
@@ -215,6 +207,15 @@ _WAYS = {  # name → (stages, attention)
     "mid": (("mid",), ()),
 }
 
+
+def _ways(bb: Backbone) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    "What is read: all levels, with attention and without, and the lowest alone: of a transformer a quarter of it."
+    sets = bb.family.table.sets
+    if ("mid",) in sets:
+        return _WAYS
+    block = sets["mid", "up"][0]
+    return {what: way for what, way in _WAYS.items() if what != "mid"} | {block: ((block,), ())}
+
 # %% ../../nbs/experiments/04_bench.ipynb #5181f93c
 def random_inputs(
     bb: Backbone,
@@ -234,10 +235,10 @@ def measure(
     batch: int = 1,         # images at a time
     repeats: int = 3,
 ) -> list[dict[str, Any]]:  # per way: what, dtype, batch, seconds, images_per_s, operations, share, peak_bytes
-    "The U-Net in three ways, the VAE, and all of it from pixels to features, beside the machine's limit."
+    "The denoiser in three ways, the VAE, and all of it from pixels to features, beside the machine's limit."
     (x, context), limit = random_inputs(bb, side, batch), matrix_rate(bb.device, bb.dtype)
     images = torch.zeros(batch, 3, side, side)
-    works = {what: partial(our_way, bb, x, context, *way) for what, way in _WAYS.items()}
+    works = {what: partial(our_way, bb, x, context, *way) for what, way in _ways(bb).items()}
     works["VAE encoder"] = partial(bb.encode_images, images)
     works["all, from pixels"] = partial(bb.features, images, "a photo of a cat", size="keep")
     rows = []

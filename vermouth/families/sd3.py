@@ -150,7 +150,7 @@ def sd3_transformer(
 
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # layers, heads, and what is special
     "sd3-medium": (24, 24, {}),
-    "sd3.5-medium": (24, 24, dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=range(13))),
+    "sd3.5-medium": (24, 24, dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))),
     "sd3.5-large": (38, 38, dict(qk_norm="rms_norm")),
 }
 
