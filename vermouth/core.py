@@ -22,7 +22,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -227,7 +227,7 @@ def in_batches(
 
 # %% ../nbs/library/00_core.ipynb #930f0970
 _guard = threading.Lock()
-_users: dict[Any, tuple["WeakSet[_User]", Any]] = {}
+_users: dict[Hashable, tuple["WeakSet[_User]", Any]] = {}
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -243,7 +243,7 @@ if hasattr(os, "register_at_fork"):
 
 # %% ../nbs/library/00_core.ipynb #671a9888
 def lock_of(
-    owner: Any,  # what threads share and only one at a time may use, as a U-Net or a tokenizer
+    owner: object,  # what threads share and only one at a time may use, as a U-Net or a tokenizer
 ) -> AbstractContextManager:
     "Return the lock of an object, the same one each time; a thread that holds it may take it again."
     with _guard:
@@ -256,7 +256,7 @@ class _User:
 # %% ../nbs/library/00_core.ipynb #903af60f
 @contextmanager
 def shared_change(
-    what: Any,                       # names the state that is changed
+    what: Hashable,                  # names the state that is changed
     read: Callable[[], Any],         # returns what `restore` needs
     change: Callable[[], Any],
     restore: Callable[[Any], Any],
@@ -339,14 +339,11 @@ def fingerprint(
             digest.update(values.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/library/00_core.ipynb #9912de39
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for who writes it
-
 # %% ../nbs/library/00_core.ipynb #6245476c
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
     "Open a regular file to read. Raises OSError, also for a pipe or a device."
-    f = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
+    at_once = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for who writes it
+    f = open(path, "rb", opener=lambda path, flags: os.open(path, flags | at_once))  # noqa: SIM115 (the caller closes)
     if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
         f.close()
         raise OSError(errno.EINVAL, "a pipe or a device, no file", str(path))
@@ -523,12 +520,12 @@ _INITIAL = {"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "mul_", "add_"
 class _Undrawn(TorchFunctionMode):
     "Leave out what only gives initial values."
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         scales = name in ("mul", "div") and isinstance(args[-1], float)  # as open_clip does with what it has drawn
         if (name in _INITIAL or scales) and (x := args[0] if args else kwargs["tensor"]).is_meta:
             return x
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 # %% ../nbs/library/00_core.ipynb #e2813282
 @contextmanager

@@ -369,12 +369,12 @@ class _Changes:
     def hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self.handles.append(module.register_forward_hook(hook))
 
-    def set(self, module: nn.Module, attribute: str, value: Any) -> None:
+    def set(self, module: nn.Module, attribute: str, value: object) -> None:
         self.attributes.append((module, attribute, getattr(module, attribute)))
         self._set(module, attribute, value)
 
     @staticmethod
-    def _set(module: Any, attribute: str, value: Any) -> None:
+    def _set(module: Any, attribute: str, value: object) -> None:
         if attribute == "processor":  # which may be a module itself
             module.set_processor(value)
         else:

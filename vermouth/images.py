@@ -273,21 +273,6 @@ def _deep_scale(
         raise VermouthError(f"images: its pixels go from {low:.6g} to {high:.6g}. Scale them to 0…1, 0…255 or 0…65535.")
     return scale
 
-# %% ../nbs/library/01_images.ipynb #8e30c648
-def _flat_tile(
-    tile: Image.Image,    # any mode
-    mode: str,            # Pillow mode of the result
-    scale: float | None,  # of values of more than 8 bits
-) -> Image.Image:
-    "Return a tile with 8 bits per channel, transparency on white."
-    if scale is not None:
-        grey = np.asarray(tile, dtype=np.float64)
-        tile = Image.fromarray((grey * (255 / scale)).round().astype(np.uint8))
-    if tile.has_transparency_data:
-        tile = tile.convert("RGBA")
-        tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
-    return tile.convert(mode)
-
 # %% ../nbs/library/01_images.ipynb #e8c8aabc
 TURNS = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -299,14 +284,6 @@ TURNS = {  # by EXIF orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 
-
-def _turn(im: Image.Image) -> Image.Transpose | None:  # what makes it upright
-    "Return what the EXIF orientation of a decoded image asks for; None for a tag that is missing, odd or damaged."
-    try:
-        return TURNS.get(cast(int, im.getexif().get(ExifTags.Base.Orientation)))
-    except Exception:  # Pillow raises many types of exceptions for damaged bytes
-        return None
-
 # %% ../nbs/library/01_images.ipynb #775ad0aa
 def flatten(
     im: Image.Image,    # any mode
@@ -316,13 +293,21 @@ def flatten(
     _check_pixels(im)
     try:
         im.load()
-        turn = _turn(im)
+        turn = None
+        with suppress(Exception):  # Pillow raises many types of exceptions for a damaged tag
+            turn = TURNS.get(cast(int, im.getexif().get(ExifTags.Base.Orientation)))
         if type(im) is Image.Image and im.mode == mode and turn is None and not im.has_transparency_data:
             return im
         scale = _deep_scale(im) if im.mode.startswith(("I", "F")) else None  # 16-bit greys come as I;16 or I
         flat = Image.new(mode, im.size)
         for box, tile in _tiles(im):
-            flat.paste(_flat_tile(tile, mode, scale), box)
+            if scale is not None:
+                grey = np.asarray(tile, dtype=np.float64)
+                tile = Image.fromarray((grey * (255 / scale)).round().astype(np.uint8))
+            if tile.has_transparency_data:
+                tile = tile.convert("RGBA")
+                tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+            flat.paste(tile.convert(mode), box)
         return flat if turn is None else flat.transpose(turn)
     except VermouthError:
         raise

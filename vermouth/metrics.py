@@ -124,15 +124,6 @@ def _retrieval(
     gallery_labels = _labels("gallery_labels", gallery_labels, scores.shape[1], "columns of scores")
     return scores, query_labels.to(scores.device), gallery_labels.to(scores.device)
 
-# %% ../nbs/library/02_metrics.ipynb #fe8aae20
-def class_means(
-    values: Tensor,  # (Q,) a number for each query
-    labels: Tensor,  # (Q,) integers
-) -> Tensor:         # (K,) float64, in the order of the labels that occur
-    "Return the mean of each class's queries."
-    _, index = labels.unique(return_inverse=True)
-    return torch.bincount(index, values.double()) / torch.bincount(index)
-
 # %% ../nbs/library/02_metrics.ipynb #d301fef5
 def mean_average_precision(
     scores: Array,               # (Q,N), higher = closer
@@ -151,7 +142,10 @@ def mean_average_precision(
         for s in _chunks(len(scores))
     ]
     values = torch.cat(precisions)
-    return (class_means(values, query_labels) if by_class else values).mean().item()
+    if by_class:
+        _, index = query_labels.unique(return_inverse=True)
+        values = torch.bincount(index, values.double()) / torch.bincount(index)
+    return values.mean().item()
 
 # %% ../nbs/library/02_metrics.ipynb #06f28a2a
 def precision_at_k(

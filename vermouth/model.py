@@ -8,6 +8,7 @@ __all__ = ['HEADS', 'Vermouth', 'width_scale', 'open_model']
 # %% ../nbs/library/11_model.ipynb #2aa7d9ce
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -451,14 +452,6 @@ def class_codes(
         return torch.eye(count, dim)
     return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
 
-# %% ../nbs/library/11_model.ipynb #f22e8870
-def _mask_classes(model: Vermouth, names: Sequence[str | Sequence[str]], text: dict[str, Any]) -> Tensor:
-    "The vectors of class names. Raises VermouthError for other names than its own where a model compares no words."
-    if not model.training_card or model.training_card.get("words", True):
-        return label_embeddings(names, model.clip, **text)
-    numbers = [model.labels.index(choose("names", str(name), model.labels)) for name in names]
-    return class_codes(len(model.labels), model.clip.dim)[numbers]
-
 # %% ../nbs/library/11_model.ipynb #02aaf4b1
 @patch
 @torch.inference_mode()
@@ -477,7 +470,12 @@ def segment(
     "The index of the name that fits each pixel. Raises VermouthError for a model without a segmentation head."
     head = self.segmentation_head
     text = segmentation_text(head.protocol) | ({} if templates is None else {"templates": templates})
-    classes = _mask_classes(self, names, text).to(head.out.weight.device)
+    if not self.training_card or self.training_card.get("words", True):
+        classes = label_embeddings(names, self.clip, **text)
+    else:  # no words are compared, so only its own names are known
+        numbers = [self.labels.index(choose("names", str(name), self.labels)) for name in names]
+        classes = class_codes(len(self.labels), self.clip.dim)[numbers]
+    classes = classes.to(head.out.weight.device)
     tensors = [image_tensor(image, None, value_range or (-1, 1)) for image in image_list(images, value_range)]
     texts = self.prompts(tensors, (-1, 1)) if prompts is None else prompt_list(prompts, len(tensors))
     out = []
@@ -717,21 +715,6 @@ def load(
 _Device = str | torch.device | None
 _Dtype = str | torch.dtype
 
-
-def _clip_here(
-    folder: str | Path,  # of a denoiser, or its name
-    width: int,          # of its text encoder
-    device: _Device,
-) -> Clip | None:
-    "The CLIP that goes with a denoiser, where its weights are on this machine."
-    if folder == "toybox" or (Path(folder) / "clip").is_dir():
-        return load_clip(clip_for(folder), device)
-    try:
-        with offline():
-            return load_clip(CLIPS[width], device)
-    except (KeyError, VermouthError):
-        return None
-
 # %% ../nbs/library/11_model.ipynb #3cdf2a41
 def _open_folder(folder: Path, device: _Device, dtype: _Dtype, allow: Sequence[str], overlay: Mapping[str, Any]) -> Any:
     "The model in a folder, by the files in it."
@@ -749,9 +732,14 @@ def _open_folder(folder: Path, device: _Device, dtype: _Dtype, allow: Sequence[s
 
 # %% ../nbs/library/11_model.ipynb #1ef9f8f1
 def _open_denoiser(name: str, device: _Device, dtype: _Dtype, overlay: Mapping[str, Any]) -> PyramidEmbedder:
-    "A training-free model of a denoiser."
+    "A training-free model of a denoiser, with the CLIP that goes with it where that is on this machine."
     backbone = load_backbone(name, device, dtype, **overlay)
-    clip = _clip_here(name, backbone.family.text_width, backbone.device)
+    clip: Clip | None = None
+    if name == "toybox" or (Path(name) / "clip").is_dir():
+        clip = load_clip(clip_for(name), backbone.device)
+    else:
+        with suppress(KeyError, VermouthError), offline():
+            clip = load_clip(CLIPS[backbone.family.text_width], backbone.device)
     return PyramidEmbedder(backbone, clip)
 
 # %% ../nbs/library/11_model.ipynb #6a2a4370

@@ -9,7 +9,7 @@ __all__ = ['classify_files']
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,12 @@ from PIL import Image
 from .files import over_images
 from ..core import VermouthError, write_atomic
 from ..images import read_image, small_copy
-from ..zoo.embedders import rejection_threshold
+from ..zoo.embedders import Embedder, rejection_threshold
 from ..zoo.training import doubt
+
+# %% ../../nbs/app/14_answers.ipynb #5c1d77e1
+if TYPE_CHECKING:
+    from vermouth.model import Vermouth
 
 # %% ../../nbs/app/14_answers.ipynb #86bb8274
 def some_images(
@@ -49,7 +53,7 @@ def _as_good_as_chance(metrics: Mapping[str, Any]) -> str:  # empty if it is bet
 
 # %% ../../nbs/app/14_answers.ipynb #402a1b9f
 def fit_note(
-    model: Any,             # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     images: Sequence[Any],  # a sample
     chosen: bool = False,   # by auto, not by name
     asked: str = "",        # "classify" or "segment": whether what answers was trained at all
@@ -78,29 +82,38 @@ def split_names(names: str) -> list[str] | None:
 
 # %% ../../nbs/app/14_answers.ipynb #2cd24875
 def check_names(
-    model: Any,            # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     names: Sequence[str],  # K classes; commas separate synonyms
 ) -> None:
     "Raises VermouthError for two names that look the same to the model's CLIP."
-    training = getattr(model, "training_card", None) or {}
-    if getattr(model, "clip", None) is not None and training.get("words", True):
+    training, clip = getattr(model, "training_card", None) or {}, getattr(model, "clip", None)
+    if clip is not None and training.get("words", True):
         from vermouth.text import check_distinct, label_embeddings
 
-        check_distinct([str(name) for name in names], label_embeddings(names, model.clip))
+        check_distinct([str(name) for name in names], label_embeddings(names, clip))
 
 # %% ../../nbs/app/14_answers.ipynb #a406867a
 NONE = "none of these"
 
 # %% ../../nbs/app/14_answers.ipynb #5573d6e1
 def classify_files(
-    model: Any,                # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     paths: Sequence[Path],     # image files
     names: Sequence[str] | None = None,  # None takes the classes that the model was trained on
     batch_size: int = 32,      # images at a time
     reject: float = 0.0,       # share of images of known classes that may be rejected; 0 rejects none
 ) -> tuple[list[dict], list[tuple[str, str]]]:  # image, name, probabilities; what was skipped, and why
     "Return names for images in files. Raises VermouthError if none can be read, or nothing calibrates a rejection."
-    threshold = rejection_threshold(_calibration(model, names), reject) if reject else 0.0
+    training: dict[str, Any] = getattr(model, "training_card", None) or {}
+    threshold = 0.0
+    if reject:
+        if not training:
+            raise VermouthError(
+                "reject: the model was not trained on classes, so it has no held-back scores. Train one."
+            )
+        if names is not None and set(names) != set(training["names"]):
+            raise VermouthError("reject: calibrated for all classes of the model. Leave --names out.")
+        threshold = rejection_threshold(training["calibration"], reject)
     candidates = names or model.labels
     if not candidates:
         raise VermouthError("names: none, and the model has no classes of its own. Give --names, two or more.")
@@ -119,18 +132,8 @@ def classify_files(
         results.append({"image": str(path), "name": name, "probabilities": ranked})
     return results, skipped
 
-# %% ../../nbs/app/14_answers.ipynb #a2550e94
-def _calibration(model: Any, names: Sequence[str] | None) -> list[float]:
-    "A trained model's held-back scores. Raises VermouthError for other models, and for names other than its own."
-    training = getattr(model, "training_card", None)
-    if not training:
-        raise VermouthError("reject: the model was not trained on classes, so it has no held-back scores. Train one.")
-    if names is not None and set(names) != set(training["names"]):
-        raise VermouthError("reject: calibrated for all classes of the model. Leave --names out.")
-    return training["calibration"]
-
 # %% ../../nbs/app/14_answers.ipynb #f7bafad8
-def mask_names(model: Any) -> list[str]:  # from `open_model`
+def mask_names(model: "Vermouth | Embedder") -> list[str]:  # from `open_model`
     "Return the classes of a model that was trained on masks. Raises VermouthError for other models."
     training = getattr(model, "training_card", None)
     if not training or training["task"] != "segment":

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastcore.basics import chunked
 
-from .embedding import Found, embed_photos
+from .embedding import Found, SearchModel, embed_photos
 from .files import Photo
 from .index import Index, build_index
 from ..core import VermouthError, local_folder
@@ -127,7 +127,7 @@ def _own_error(error: BaseException | None) -> VermouthError | None:
 
 # %% ../../nbs/app/12_cluster.ipynb #5af7049d
 @contextmanager
-def _ray_cluster(workers: int | None, gpus: float | None, load: Any) -> Iterator[tuple[ModuleType, int, float]]:
+def _ray_cluster(workers: int | None, gpus: float | None, load: object) -> Iterator[tuple[ModuleType, int, float]]:
     "Have a cluster; give workers and GPUs of each. Raises VermouthError for whatever stops a worker."
     ray = load_ray()
     try:
@@ -252,7 +252,7 @@ def index_on_ray(
     workers: int | None = None,  # how many load the model; None: one per GPU of the cluster, or one without GPUs
     gpus: float | None = None,   # of each worker; None: one where the cluster has GPUs
     batch_size: int = 32,        # photos of a task
-    model: Any = None,           # here, for messages about it; None: `load` makes it
+    model: SearchModel | None = None,  # here, for messages about it; None: `load` makes it
     **options: Any,              # of `build_index`
 ) -> Index:
     "The index of `build_index`, embedded by the workers of a Ray cluster. Raises VermouthError as `build_index` does."

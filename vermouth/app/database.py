@@ -195,7 +195,7 @@ def seal(values: Iterable[Any]) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(ascii(plain).encode()).hexdigest()
 
 # %% ../../nbs/app/03_database.ipynb #14c4d929
-def read_rows(db: sqlite3.Connection, where: str, *values: Any) -> Iterator[list[Any]]:
+def read_rows(db: sqlite3.Connection, where: str, *values: int | str) -> Iterator[list[Any]]:
     "Yield rows of photos as `COLUMNS` says, each compared with its seal."
     for *row, sealed in db.execute(f"SELECT {COLUMNS}, seal FROM photos WHERE {where}", values):
         texts, blobs = row[:2] + row[4:5], row[5:]

@@ -245,7 +245,7 @@ class _Code(NamedTuple):
     modules: dict[str, str]      # dotted name → text
     pages: dict[str, list[str]]  # path of a page → its code cells
     prose: dict[str, list[str]]  # path of a page → the fenced Python in its text
-    tests: dict[str, str]        # name of a file → text
+    tests: dict[str, str]        # path of a file in tests/ → text
 
 # %% ../../nbs/app/09_docs.ipynb #138d038d
 def _read_code(
@@ -265,7 +265,8 @@ def _read_code(
             pages[name] = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
             text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
             prose[name] = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    tests = {f.name: f.read_text(encoding="utf-8") for f in sorted((root / "tests").glob("*.py"))}
+    files = sorted((root / "tests").rglob("*.py"))
+    tests = {f.relative_to(root / "tests").as_posix(): f.read_text(encoding="utf-8") for f in files}
     return _Code(modules, pages, prose, tests)
 
 # %% ../../nbs/app/09_docs.ipynb #e8416009
@@ -424,9 +425,49 @@ def _line_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
     p99 = quantiles(lengths, n=100)[-1]
     return [*figures, _Figure("p99 and longest line", f"{p99:.0f}, {max(lengths)}", "under 120")]
 
+# %% ../../nbs/app/09_docs.ipynb #3b8d21c4
+def _checked_names(code: _Code, trees: dict[str, ast.Module]) -> set[str]:
+    "Names of the package that tests and the checks on pages refer to, or replace by their name in a string."
+    found = set()
+    for page, cells in code.pages.items():
+        module = _module_of(cells)
+        own = _references(trees[module], module) if module in trees else Counter()
+        named = _references(_parse([*cells, *code.prose[page]]), module)
+        found |= {name for name, count in named.items() if count > own[name]}  # more often than by the exported cells
+    for text in code.tests.values():
+        tree = _parse([text])
+        found |= {name for name, count in _references(tree).items() if count}
+        constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        found |= {value.rpartition(".")[2] for value in constants if isinstance(value, str)}
+    return found
+
+# %% ../../nbs/app/09_docs.ipynb #4e60a9d1
+def _code_lines(node: ast.FunctionDef) -> int:
+    "The lines of a function's body, its docstring left out."
+    body = node.body[ast.get_docstring(node) is not None :] or node.body
+    return (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1
+
+# %% ../../nbs/app/09_docs.ipynb #9f04e7a2
+def _call_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
+    "Top-level functions without a decorator that the package names once: all, private, unchecked and short ones."
+    counts = sum((_references(tree, module) for module, tree in trees.items()), Counter())
+    definitions = [(m, node) for m, tree in trees.items() for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = {f"{m}.{node.name}": node for m, node in definitions if not node.decorator_list}
+    once = [name for name in functions if counts[name] == 1]
+    public = {f"{module}.{name}" for module, tree in trees.items() for name in _public(tree)}
+    private, checked = [name for name in once if name not in public], _checked_names(code, trees)
+    alone = [name for name in private if not {name, name.rpartition(".")[2]} & checked]
+    short = [name for name in alone if _code_lines(functions[name]) <= 4]
+    return [
+        _Figure("functions that the package names in exactly one place", f"{len(once)} of {len(functions)}", "", once),
+        _Figure("… of them in no `__all__`", len(private), "few", private),
+        _Figure("… and named by no test and no check on a page", len(alone), "few", alone),
+        _Figure("… and with at most four lines of code", len(short), "few", short),
+    ]
+
 # %% ../../nbs/app/09_docs.ipynb #d285c8fa
 def _code_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
-    "One-line refusals, functions that one place calls, and annotations that say nothing."
+    "One-line refusals, and annotations that say nothing."
     nodes = [(module, node) for module, tree in trees.items() for node in ast.walk(tree)]
     raises = [
         f"{m}:{node.lineno}"
@@ -435,14 +476,12 @@ def _code_figures(code: _Code, trees: dict[str, ast.Module]) -> list[_Figure]:
     ]
     hints = [(m, hint) for m, node in nodes if (hint := getattr(node, "annotation", None))]
     untyped = [f"{m}:{hint.lineno}" for m, hint in hints if isinstance(hint, ast.Name) and hint.id == "Any"]
-    counts = sum((_references(tree, module) for module, tree in trees.items()), Counter())
-    definitions = [(m, node) for m, tree in trees.items() for node in tree.body if isinstance(node, ast.FunctionDef)]
-    functions = [f"{m}.{node.name}" for m, node in definitions if not node.decorator_list]
-    once = [name for name in functions if counts[name] == 1]
+    rest = [(m, part) for m, node in nodes if isinstance(node, ast.arguments) for part in (node.vararg, node.kwarg)]
+    passed_on = [f"{m}:{part.lineno}" for m, part in rest if part and getattr(part.annotation, "id", "") == "Any"]
     return [
         _Figure("`if …: raise` on one line", len(raises), "0", raises),
-        _Figure("functions called from exactly one place", f"{len(once)} of {len(functions)}", "few", once),
         _Figure("`: Any`", len(untyped), "none where a type is known", untyped),
+        _Figure("… of them `*` and `**` parameters, which are passed on", len(passed_on), "", passed_on),
     ]
 
 # %% ../../nbs/app/09_docs.ipynb #8c0895ec
@@ -475,7 +514,7 @@ def house_table(
     trees = {module: _parse([text]) for module, text in code.modules.items()}
     top = [module for module in trees if module.count(".") == 1]
     figures = [_Figure("modules in the package's root", len(top), "16", top)]
-    for measure in (_name_figures, _line_figures, _code_figures, _page_figures):
+    for measure in (_name_figures, _line_figures, _call_figures, _code_figures, _page_figures):
         figures += measure(code, trees)
     table = _markdown_table(["", "today", "goal"], [[f.what, str(f.today), f.goal] for f in figures])
     lists = [f"\n{f.what}:\n" + "\n".join(f"  {case}" for case in f.cases) for f in figures if f.cases]

@@ -8,7 +8,6 @@ __all__ = ['centred']
 # %% ../../nbs/app/05_drawing.ipynb #73471caf
 import base64
 from importlib.resources import files
-from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -26,7 +25,7 @@ PNG = "data:image/png;base64,"
 
 # %% ../../nbs/app/05_drawing.ipynb #a389b33a
 def from_canvas(
-    sent: Any,      # "data:image/png;base64,…", from anyone who can reach the page
+    sent: object,   # "data:image/png;base64,…", from anyone who can reach the page
 ) -> bytes | None:  # of a PNG file; None: nothing is drawn yet
     "Return the file that a canvas sent. Raises VermouthError for anything else."
     if sent in (None, ""):

@@ -203,7 +203,7 @@ def score_uhead(
 
 # %% ../../nbs/app/17_heads.ipynb #5e646e5d
 def feature_model(
-    model: Any,               # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     expert: str = "",         # its maps beside a denoiser's; empty for none
     device: str | torch.device | None = None,
     size: int | None = None,  # side in pixels that a denoiser's images are resized to; None: the model's
@@ -211,17 +211,18 @@ def feature_model(
     "Return the frozen half of a model. Raises VermouthError for an expert or a size without a denoiser."
     from vermouth.expert import load_expert
 
-    model = getattr(model, "features", model)  # of a linear classifier
-    if isinstance(model, Student):
-        raise VermouthError(f"model={model.name!r}: a student is for search. Train on its teacher, and distil that.")
-    if not hasattr(model, "backbone"):
+    frozen: Any = getattr(model, "features", model)  # of a linear classifier
+    if isinstance(frozen, Student):
+        raise VermouthError(f"model={frozen.name!r}: a student is for search. Train on its teacher, and distil that.")
+    if not hasattr(frozen, "backbone"):
         if expert:
-            raise VermouthError(f"expert={expert!r}: {model.name} is no denoiser to put it beside. Leave --expert out.")
+            what = f"{frozen.name} is no denoiser to put it beside"
+            raise VermouthError(f"expert={expert!r}: {what}. Leave --expert out.")
         if size:
-            raise VermouthError(f"size={size}: {model.name} has its own size. Leave --size out.")
-        return model, None
-    extra = load_expert(expert, device=device) if expert else model.expert
-    return PyramidEmbedder(model.backbone, None, extra, model.settings, size or model.size), model.clip
+            raise VermouthError(f"size={size}: {frozen.name} has its own size. Leave --size out.")
+        return frozen, None
+    extra = load_expert(expert, device=device) if expert else frozen.expert
+    return PyramidEmbedder(frozen.backbone, None, extra, frozen.settings, size or frozen.size), frozen.clip
 
 # %% ../../nbs/app/17_heads.ipynb #35851322
 def names_problem(

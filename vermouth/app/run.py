@@ -221,18 +221,6 @@ def _execute(
         return f"{type(e).__name__}: {e}".strip().splitlines()[0]
     return ""
 
-# %% ../../nbs/app/07_run.ipynb #81537627
-def _execute_whole(page: Path, output: Path, parameters: dict[str, Any], progress: bool) -> str:
-    "As `_execute`, with an output that is never half a page."
-    running = output.with_name(f"{output.stem}.running.ipynb")
-    try:
-        error = _execute(page, running, parameters, progress)
-        with suppress(FileNotFoundError):  # it could not be started
-            os.replace(running, output)
-    finally:
-        running.unlink(missing_ok=True)
-    return error
-
 # %% ../../nbs/app/07_run.ipynb #2c61f41d
 def run_page(
     page: str | Path,            # a notebook
@@ -249,20 +237,18 @@ def run_page(
         )
     key, started = _fingerprint(page, parameters), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    error = _execute_whole(page, out / page.name, parameters, progress)
+    running = out / f"{page.stem}.running.ipynb"  # so that the output is never half a page
+    try:
+        error = _execute(page, running, parameters, progress)
+        with suppress(FileNotFoundError):  # it could not be started
+            os.replace(running, out / page.name)
+    finally:
+        running.unlink(missing_ok=True)
     seconds = round(time.perf_counter() - started, 1)
     ended = {"ok": not error, "seconds": seconds, "error": error, "output": str(out / page.name)}
     state = _read_state(out) | {page.stem: ended | {"key": key, "parameters": parameters}}
     write_atomic(out / "run.json", json.dumps(state, indent=1, default=str).encode())
     return {"notebook": page.stem, "skipped": False} | ended
-
-# %% ../../nbs/app/07_run.ipynb #8d92b46e
-def _known_parameters(page: Path) -> list[str]:
-    "A page's parameters; none for a page that cannot be read, since running it reports why."
-    try:
-        return page_parameters(page)
-    except VermouthError:
-        return []
 
 # %% ../../nbs/app/07_run.ipynb #d1ffb4d8
 def _run_or_skip(
@@ -289,7 +275,10 @@ def run_pages(
     progress: bool = False,      # show a bar of the running page's cells
 ) -> Iterator[dict[str, Any]]:   # as from `run_page`, as each ends
     "Execute pages in order; skip finished ones, go on after a failure. Raises VermouthError for unknown parameters."
-    known = {page: _known_parameters(page) for page in pages}
+    known: dict[Path, list[str]] = {page: [] for page in pages}
+    for page in pages:
+        with suppress(VermouthError):  # it cannot be read: running it reports why
+            known[page] = page_parameters(page)
     if not any(known.values()):
         _check_parameters(parameters, pages[0])
     for name in parameters:

@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TypeGuard
 from urllib.parse import quote
 
 import numpy as np
@@ -28,13 +28,13 @@ from .embedding import SearchModel, same_model
 from .files import decode_photo, inside, read_photo, thumbnail
 from .index import Index, build_index  # noqa: F401 (one place to import from)
 from ..core import VermouthError, open_file, printable, write_atomic
-from ..images import SUFFIXES, image_tensor, read_image
+from ..images import SUFFIXES, ImageLike, image_tensor, read_image
 from ..zoo.plus import for_search
 
 # %% ../../nbs/app/02_search.ipynb #9396989c
 def is_words(
-    query: Any,  # as for `Index.search`
-) -> bool:
+    query: ImageLike,  # as for `Index.search`
+) -> TypeGuard[str]:
     "Return True for words, False for an image or its path."
     return isinstance(query, str) and not query.lower().endswith(SUFFIXES) and not os.path.isfile(query)
 
@@ -50,14 +50,14 @@ def as_caption(
 
 # %% ../../nbs/app/02_search.ipynb #3bd5d37e
 def query_vector(
-    query: Any,          # words; or one image: a path, a PIL image, an array, a tensor
+    query: ImageLike,    # words; or one image: a path, a PIL image, an array, a tensor
     model: SearchModel,  # from `open_model`, or anything with `embed` and, for words, `embed_text`
 ) -> np.ndarray:         # (1,D) float32 of length 1
     "Return where a query lies in the space of the photos. Raises VermouthError if it is empty or several images."
     model = for_search(model)
     if not is_words(query):
         if getattr(query, "ndim", 3) == 4 or isinstance(query, (list, tuple)):
-            raise VermouthError(f"query: {len(query)} images. Ask for one at a time.")
+            raise VermouthError(f"query: {len(query)} images. Ask for one at a time.")  # type: ignore[arg-type]
         if isinstance(query, os.PathLike):
             query = os.fspath(query)
         return model.embed(read_image(query) if isinstance(query, str) else query).float().cpu().numpy()
@@ -85,7 +85,7 @@ def sum_vectors(
 
 # %% ../../nbs/app/02_search.ipynb #017a309d
 def composed_vector(
-    query: Any,               # as for `query_vector`
+    query: ImageLike,         # as for `query_vector`
     model: SearchModel,       # the one that made the index
     add: Sequence = (),       # queries to add
     subtract: Sequence = (),  # queries to take away
@@ -125,7 +125,7 @@ class Hit:
 @patch
 def search(
     self: Index,
-    query: Any,               # words; or one image: a path, a PIL image, an array, a tensor
+    query: ImageLike,         # words; or one image: a path, a PIL image, an array, a tensor
     model: SearchModel,       # the one that made the index
     k: int = 10,              # how many to find; all if there are fewer
     add: Sequence = (),       # more queries, whose meaning is added: words or images
@@ -189,7 +189,7 @@ def _photo_link(hit: Hit, page: str | Path, folder: str | Path | None) -> str:  
 def hits_page(
     hits: Sequence[Hit],   # from `Index.search`
     out_html: str | Path,  # the file to make or to replace
-    query: Any = None,     # what was asked for, to be shown: words, or one image
+    query: ImageLike | None = None,  # what was asked for, to be shown: words, or one image
     note: str = "",        # a warning above the photos
     folder: str | Path | None = None,  # of the photos, for links to them; None: that of the hits, if it is known
 ) -> Path:                 # the file
@@ -198,8 +198,9 @@ def hits_page(
     if query is not None and is_words(query):
         title = f"{title} for “{query}”"
     elif query is not None:
-        image = query
-        if not isinstance(query, Image.Image):
+        if isinstance(query, Image.Image):
+            image = query
+        else:
             pixels = ((image_tensor(query) + 1) * 127.5).byte().permute(1, 2, 0)
             image = Image.fromarray(pixels.cpu().numpy())
         shown = f'<img alt="" src="{data_uri(thumbnail(image, 96))}">'

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ from ..metrics import accuracy, chance_average_precision, class_iou, confusion, 
 from ..zoo.embedders import Embedder, LinearClassifier, PyramidEmbedder, fit_linear, fit_whitening
 from ..zoo.saving import training_card
 
+# %% ../../nbs/app/11_train.ipynb #5c1d77e0
+if TYPE_CHECKING:
+    from vermouth.model import Vermouth
+    from vermouth.text import Clip
+
 # %% ../../nbs/app/11_train.ipynb #acc398c5
 @dataclass
 class Trained:
@@ -66,8 +71,13 @@ def _best(held: dict[str, float]) -> str:  # head → number on held-back images
 
 # %% ../../nbs/app/11_train.ipynb #d8df50c9
 def _frozen_half(
-    model: Any, names: Sequence[str], head: str, expert: str, size: int | None, device: Any
-) -> tuple[Embedder, Any, str]:  # embedder; CLIP; why no U-head can be trained
+    model: "Vermouth | Embedder",
+    names: Sequence[str],
+    head: str,
+    expert: str,
+    size: int | None,
+    device: str | torch.device | None,
+) -> tuple[Embedder, "Clip | None", str]:  # embedder; CLIP; why no U-head can be trained
     "Return what features are made by. Raises VermouthError if a U-head is asked for and cannot be trained."
     embedder, clip = feature_model(model, expert, device, size)
     problem = "not asked for" if head == "linear" else uhead_problem(clip, names, embedder)
@@ -83,7 +93,7 @@ class _Classes:
     data: FewShotData
     features: Gathered  # of training and test images
     embedder: Embedder
-    clip: Any
+    clip: "Clip | None"
     seed: int
     quiet: bool
 
@@ -97,13 +107,6 @@ class _Classes:
 
 # %% ../../nbs/app/11_train.ipynb #2bbdc1cd
 Candidate = tuple[float, Callable[[], tuple[Any, Tensor]]]  # held-back accuracy; trains on all: model, test scores
-
-# %% ../../nbs/app/11_train.ipynb #123def05
-def _training_card(classes: _Classes, root: Path, scores: Tensor, result: float) -> dict[str, Any]:
-    "What the card keeps of a training."
-    metrics = {"accuracy": result, "chance": 1 / len(classes.data.names)}
-    metrics |= {"training images": len(classes.train), "test images": len(classes.test)}
-    return training_card("classify", classes.data.names, root.name, metrics, scores.softmax(-1).max(1).values.tolist())
 
 # %% ../../nbs/app/11_train.ipynb #7f1a7913
 def _linear_candidate(classes: _Classes) -> Candidate:
@@ -124,7 +127,7 @@ def _uhead_candidate(classes: _Classes) -> Candidate:
     keep, held = held_split(classes.train.labels, classes.seed)
     names, store, rows = classes.data.names, classes.features.maps, torch.tensor(classes.features.rows[0])
 
-    def fit(index: Tensor) -> Any:
+    def fit(index: Tensor) -> "Vermouth":
         model = build_uhead(classes.embedder, classes.clip, classes.seed)  # type: ignore[arg-type]
         train_uhead(model, store, rows[index].tolist(), classes.train.labels[index], names, classes.quiet)
         return model
@@ -140,7 +143,13 @@ def _uhead_candidate(classes: _Classes) -> Candidate:
 
 # %% ../../nbs/app/11_train.ipynb #13c73d30
 def _gather(
-    embedder: Embedder, clip: Any, lists: Mapping[str, Sequence[Any]], out: Path, seed: int, quiet: bool, maps: bool
+    embedder: Embedder,
+    clip: "Clip | None",
+    lists: Mapping[str, Sequence[Any]],
+    out: Path,
+    seed: int,
+    quiet: bool,
+    maps: bool,
 ) -> Gathered:
     "Read lists of images: their maps, for a U-head, or their vectors only."
     if maps:
@@ -152,12 +161,12 @@ def _gather(
 def train_classifier(
     root: Path,               # folders of classes, or train/ and test/ of them
     out: Path,                # folder of the model
-    model: Any,               # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     expert: str = "",         # beside a denoiser
     shots: int = 0,           # training images of each class; 0 for all
     head: str = "both",       # one of `HEADS`
     seed: int = 0,            # of shots, of what is held back, of weights
-    device: Any = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,      # no progress bars
     size: int | None = None,  # of a denoiser's images in pixels
 ) -> Trained:
@@ -176,7 +185,10 @@ def train_classifier(
     best = _best({name: held for name, (held, _) in candidates.items()})
     trained, scores = candidates[best][1]()
     result = accuracy(scores, classes.test.labels.tolist())
-    trained.training_card = _training_card(classes, root, scores, result)
+    metrics = {"accuracy": result, "chance": 1 / len(data.names)}
+    metrics |= {"training images": len(classes.train), "test images": len(classes.test)}
+    calibration = scores.softmax(-1).max(1).values.tolist()
+    trained.training_card = training_card("classify", data.names, root.name, metrics, calibration)
     trained.save(out)
     table = [(name, held, result if name == best else NONE) for name, (held, _) in candidates.items()]
     table.append(("nearest class mean", NONE, class_mean_accuracy(classes.train, classes.test)))
@@ -209,7 +221,7 @@ class _Pairs:
     split: SketchSplit
     features: Gathered  # of train sketches, train photos, test sketches, test photos
     embedder: Embedder
-    clip: Any
+    clip: "Clip | None"
     seed: int
     quiet: bool
 
@@ -259,12 +271,13 @@ def _linear_retriever(pairs: _Pairs, shrinkages: Sequence[float] = (0.3, 0.6, 0.
     return found[best], train
 
 # %% ../../nbs/app/11_train.ipynb #25bc7bc3
-def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> Any:
+def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> "Vermouth":
     "A model whose U-head was trained on some of the seen classes."
     from vermouth.tasks.sbir import sbir_recipe
     from vermouth.text import class_embeddings
     from vermouth.train import train_head
 
+    assert pairs.clip is not None  # no U-head is trained without
     model = build_uhead(pairs.embedder, pairs.clip, pairs.seed)  # type: ignore[arg-type]
     chosen = [_of_classes(pairs.features.vectors[part], classes) for part in (0, 1)]
     rows = [pairs.features.rows[part][i] for part in (0, 1) for i in chosen[part].tolist()]
@@ -281,7 +294,7 @@ def _uhead_retriever(pairs: _Pairs) -> Retriever:
     "A U-head."
     keep, held = _held_classes(len(pairs.split.seen), pairs.seed)
 
-    def embedding(model: Any) -> Embedding:
+    def embedding(model: "Vermouth") -> Embedding:
         @torch.inference_mode()
         def embed(part: int, numbers: Tensor) -> Tensor:
             rows = [pairs.features.rows[part][i] for i in numbers.tolist()]
@@ -302,22 +315,16 @@ def _frozen_vectors(pairs: _Pairs) -> Embedding:
     "The vectors of the frozen half, without any training."
     return lambda part, numbers: pairs.features.vectors[part].values[numbers]
 
-
-def _retrieval_card(pairs: _Pairs, root: Path, result: float, chance: float) -> dict[str, Any]:
-    "What the card keeps of a training."
-    metrics = {"mAP@all": result, "chance": chance, "unseen": [*pairs.split.unseen]}
-    return training_card("sbir", pairs.split.seen, root.name, metrics)
-
 # %% ../../nbs/app/11_train.ipynb #b17e2248
 def train_retrieval(
     root: Path,               # photo/ and sketch/, each with folders of classes
     out: Path,                # folder of the model
-    model: Any,               # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     expert: str = "",         # beside a denoiser
     shots: int = 0,           # sketches and photos of each seen class; 0 for all
     head: str = "both",       # one of `HEADS`
     seed: int = 0,            # of shots, of the unseen and the held-back classes, of weights
-    device: Any = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,      # no progress bars
     size: int | None = None,  # of a denoiser's images in pixels
 ) -> Trained:
@@ -337,7 +344,8 @@ def train_retrieval(
     trained, embed = candidates[best][1]()
     queries, gallery = (v.labels for v in pairs.features.vectors[2:])
     result, chance = pairs.tested(embed), chance_average_precision(queries, gallery)
-    trained.training_card = _retrieval_card(pairs, root, result, chance)
+    metrics = {"mAP@all": result, "chance": chance, "unseen": [*split.unseen]}
+    trained.training_card = training_card("sbir", split.seen, root.name, metrics)
     trained.save(out)
     table = [(name, held, result if name == best else NONE) for name, (held, _) in candidates.items()]
     held_back = pairs.measured(_frozen_vectors(pairs), _held_classes(len(split.seen), seed)[1])
@@ -369,7 +377,7 @@ def _chance_iou(pixels: Tensor) -> float:  # (K,) of each class → mean IoU in 
 # %% ../../nbs/app/11_train.ipynb #e8c452e8
 @torch.inference_mode()
 def _stored_counts(
-    model: Any, features: Gathered, split: MaskSplit, classes: Tensor
+    model: "Vermouth", features: Gathered, split: MaskSplit, classes: Tensor
 ) -> Tensor:  # (K,K) truth × prediction, of pixels
     "Count the pixels of the test images by true and predicted class, from stored maps."
     from vermouth.seghead import label_map
@@ -389,7 +397,7 @@ STEPS = 600  # of a segmentation head's training, at least
 
 # %% ../../nbs/app/11_train.ipynb #e9a0af6d
 def _fit_masks(
-    model: Any, features: Gathered, split: MaskSplit, classes: Tensor, seed: int, quiet: bool
+    model: "Vermouth", features: Gathered, split: MaskSplit, classes: Tensor, seed: int, quiet: bool
 ) -> None:
     "Train a model's segmentation head on stored maps, in place."
     from vermouth.tasks.segmentation import AdaptedHead, train_on_masks, training_masks
@@ -403,7 +411,7 @@ def _fit_masks(
     train_on_masks(AdaptedHead(model), maps, masks, split, model, classes, **options)
 
 # %% ../../nbs/app/11_train.ipynb #c094b420
-def _mask_vectors(model: Any, names: Sequence[str], words: bool) -> Tensor:  # (K,D)
+def _mask_vectors(model: "Vermouth", names: Sequence[str], words: bool) -> Tensor:  # (K,D)
     "The vectors that positions are compared with: of the names' words, or one axis a class."
     from vermouth.model import class_codes
     from vermouth.text import label_embeddings, segmentation_text
@@ -413,7 +421,9 @@ def _mask_vectors(model: Any, names: Sequence[str], words: bool) -> Tensor:  # (
     return label_embeddings(names, model.clip, **segmentation_text(model.segmentation_head.protocol))
 
 # %% ../../nbs/app/11_train.ipynb #8977e0b7
-def _mask_baselines(model: Any, split: MaskSplit, counts: Tensor, quiet: bool) -> list[tuple[str, float, float]]:
+def _mask_baselines(
+    model: "Vermouth", split: MaskSplit, counts: Tensor, quiet: bool
+) -> list[tuple[str, float, float]]:
     "Rows of what needs no training, on the same test images."
     from vermouth.tasks.segmentation import attention_labeller, confusion_counts, majority_labeller
 
@@ -426,8 +436,13 @@ def _mask_baselines(model: Any, split: MaskSplit, counts: Tensor, quiet: bool) -
 
 # %% ../../nbs/app/11_train.ipynb #53fb6a66
 def _masks_model(
-    model: Any, split: MaskSplit, expert: str, size: int | None, seed: int, device: Any
-) -> tuple[Any, str]:  # an untrained model with a segmentation head; why its names are not compared by words
+    model: "Vermouth | Embedder",
+    split: MaskSplit,
+    expert: str,
+    size: int | None,
+    seed: int,
+    device: str | torch.device | None,
+) -> tuple["Vermouth", str]:  # an untrained model with a segmentation head; why its names are not compared by words
     "Build a model for masks. Raises VermouthError for one without a denoiser or its CLIP."
     embedder, clip = feature_model(model, expert, device, size)
     if not isinstance(embedder, PyramidEmbedder) or clip is None:
@@ -443,12 +458,12 @@ def _masks_model(
 def train_masks(
     root: Path,               # classnames.txt, images/ and masks/, or train/ and test/ of these two
     out: Path,                # folder of the model
-    model: Any,               # from `open_model`; one with a denoiser and its CLIP
+    model: "Vermouth | Embedder",  # from `open_model`; one with a denoiser and its CLIP
     expert: str = "",         # beside the denoiser
     shots: int = 0,           # training images that show each class; 0 for all
     head: str = "both",       # "uhead" or "both", which is the same here
     seed: int = 0,            # of shots and weights
-    device: Any = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,      # no progress bars
     size: int | None = None,  # of the images in pixels
 ) -> Trained:
@@ -479,7 +494,7 @@ def train_model(
     task: str,       # one of `TASKS`
     root: Path,      # plain folders, as the task takes them
     out: Path,       # folder of the model
-    model: Any,      # from `open_model`
+    model: "Vermouth | Embedder",  # from `open_model`
     **options: Any,  # of the task's function
 ) -> Trained:
     "Train, measure and save a model. Raises VermouthError for an unknown task."

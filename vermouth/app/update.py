@@ -16,12 +16,14 @@ import numpy as np
 
 from . import database
 from .database import read_rows, read_settings, seal, transaction
-from .embedding import Found, embed_photos, find_misfit, identity, same_model
+from .embedding import Found, SearchModel, embed_photos, find_misfit, identity, same_model
 from .files import Photo, decode_photo
 from ..core import VermouthError
 
 # %% ../../nbs/app/16_update.ipynb #380a7e31
-def begin(db: sqlite3.Connection, out: Path, folder: str | Path, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def begin(
+    db: sqlite3.Connection, out: Path, folder: str | Path, model: SearchModel
+) -> tuple[dict[str, Any], dict[str, str]]:
     "The settings of the index, which are written if it is new, and those it has from now on."
     settings, made_by = read_settings(db), identity(model)
     head: dict[str, Any] = {"model": made_by["name"], "fingerprint": made_by["fingerprint"]}
@@ -87,7 +89,14 @@ def _alike(db: sqlite3.Connection, ids: np.ndarray, vectors: np.ndarray) -> str:
 
 # %% ../../nbs/app/16_update.ipynb #7b0ef8af
 def make_current(
-    db: sqlite3.Connection, out: Path, model: Any, after: dict, gone: set[str], exact: int, settings: dict, head: dict
+    db: sqlite3.Connection,
+    out: Path,
+    model: SearchModel,
+    after: dict[str, str],
+    gone: set[str],
+    exact: int,
+    settings: dict[str, Any],
+    head: dict[str, Any],
 ) -> None:
     "Make what was read the index, without the photos that are gone. Raises VermouthError if no photo can be used."
     old, newest = database.read_neighbours(out, settings, mapped=False), "SELECT max(id) FROM photos"
@@ -120,7 +129,7 @@ def make_current(
 
 # %% ../../nbs/app/16_update.ipynb #19f6f9f9
 def read_share(
-    folder: str | Path, out: Path, model: Any, photos: Sequence[Photo], batch_size: int, quiet: bool
+    folder: str | Path, out: Path, model: SearchModel, photos: Sequence[Photo], batch_size: int, quiet: bool
 ) -> int:
     "Embed the photos of one process that the index does not have yet; return how many images were embedded."
     with database.connect(out, write=True, wait=True) as db:

@@ -45,9 +45,12 @@ SIDE = 1024                               # most pixels of the longer side of an
 WORDS, NAMES, CLASSES = 300, 10_000, 200  # most characters of a query, of all class names; most classes
 
 # %% ../../nbs/app/06_web.ipynb #19cdc620
+_Sent = str | Path | bytes | None  # a file, or its bytes; None: nothing came
+
+
 def received(
-    source: str | Path | bytes | None,  # a file, or its bytes; None: nothing came
-) -> Image.Image:                       # RGB, upright, on white
+    source: _Sent,
+) -> Image.Image:  # RGB, upright, on white
     "Return what a browser sent. Raises VermouthError, which does not tell where the file lies, if it is no image."
     if not source:
         raise VermouthError("image: none is there. Drop one first.")
@@ -62,7 +65,7 @@ def received(
 
 # %% ../../nbs/app/06_web.ipynb #50cf7f9f
 def drawn(
-    sent: Any,     # from the canvas
+    sent: object,  # from the canvas
 ) -> Image.Image:  # centred on white
     "Return what was drawn. Raises VermouthError for an empty canvas, or if it is no drawing."
     file = from_canvas(sent)
@@ -110,14 +113,14 @@ def _found(
 
 # %% ../../nbs/app/06_web.ipynb #03391535
 def by_drawing(
-    index: Index, model: Vermouth, sent: Any, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
+    index: Index, model: Vermouth, sent: object, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
 ) -> str:
     "Return photos for a drawing, as HTML."
     return _found(index, model, query_vector(drawn(sent), model), k, add, subtract, weight)
 
 # %% ../../nbs/app/06_web.ipynb #7a634222
 def by_photo(
-    index: Index, model: Vermouth, source: Any, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
+    index: Index, model: Vermouth, source: _Sent, k: int = 12, add: str = "", subtract: str = "", weight: float = 1.0
 ) -> str:
     "Return photos for a photo, as HTML."
     return _found(index, model, query_vector(received(source), model), k, add, subtract, weight)
@@ -133,7 +136,7 @@ def by_words(
     return _found(index, model, vectors[0], k, add, subtract, weight)
 
 # %% ../../nbs/app/06_web.ipynb #4b3604dd
-def by_names(model: Vermouth, source: Any, names: str) -> dict[str, float]:  # name → probability
+def by_names(model: Vermouth, source: _Sent, names: str) -> dict[str, float]:  # name → probability
     "Return which of the typed names fits an image."
     image, class_names = received(source), typed_names(names)
     check_names(model, class_names)
@@ -141,7 +144,7 @@ def by_names(model: Vermouth, source: Any, names: str) -> dict[str, float]:  # n
     return dict(zip(class_names, model.classify(image, class_names)[0].tolist()))
 
 # %% ../../nbs/app/06_web.ipynb #a8594047
-def cut_out(model: Vermouth, source: Any, names: str) -> Image.Image:
+def cut_out(model: Vermouth, source: _Sent, names: str) -> Image.Image:
     "Return an image in the colours of its classes, with a legend."
     image, class_names = received(source), typed_names(names)
     check_names(model, class_names)
@@ -154,7 +157,7 @@ TIMESTEPS = (1, 100, 200, 400, 600, 800)
 # %% ../../nbs/app/06_web.ipynb #d96aaf54
 def maps(
     model: Vermouth,
-    source: Any,    # the image
+    source: _Sent,  # the image
     timestep: int,  # 0 … 999, for the row of blocks
     level: int,     # 0 = 1/64 … 3 = 1/8 of the image, for the row of time steps
 ) -> Image.Image:

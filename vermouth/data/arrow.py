@@ -62,7 +62,7 @@ class Hashed:
     def __init__(self, f: BinaryIO, thread: ThreadPoolExecutor):
         self.f, self.flush, self.thread, self.sha256 = f, f.flush, thread, hashlib.sha256()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.thread.submit(self.sha256.update, data)
         return self.f.write(data)
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/data/08_extraction.ipynb #a5c1c5fb
 def image_of(
-    item: Any,  # path, PIL image, uint8 array (H,W,3), tensor (3,H,W) in [-1,1], or an object with an `image`
+    item: object,  # path, PIL image, uint8 array (H,W,3), tensor (3,H,W) in [-1,1], or an object with an `image`
 ) -> Any:       # the image, in any form that `images.image_batch` takes
     "Return the image of an item."
     return item if isinstance(item, (str, os.PathLike)) else getattr(item, "image", item)
@@ -85,7 +85,7 @@ def item_ids(items: Sequence[Any]) -> list[str]:  # one per item
     return [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names]
 
 # %% ../../nbs/data/08_extraction.ipynb #71743c54
-def has_file(item: Any) -> bool:
+def has_file(item: object) -> bool:
     "Return True for an item whose image is the bytes of a file."
     return isinstance(getattr(item, "source", item), (str, os.PathLike)) or hasattr(item, "read_bytes")
 
@@ -101,7 +101,7 @@ def file_of(item: Any) -> Iterator[bytes]:
         yield item.read_bytes()
 
 # %% ../../nbs/data/08_extraction.ipynb #c260f6a6
-def content_digest(content: Any) -> str:  # 16 hexadecimal digits
+def content_digest(content: object) -> str:  # 16 hexadecimal digits
     "Return the sha256 of a file's bytes, or of the pixels of an image."
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()[:16]
@@ -109,7 +109,7 @@ def content_digest(content: Any) -> str:  # 16 hexadecimal digits
     return hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
 
 # %% ../../nbs/data/08_extraction.ipynb #d892fce0
-def image_digest(item: Any) -> str:  # 16 hexadecimal digits, or "unreadable"
+def image_digest(item: object) -> str:  # 16 hexadecimal digits, or "unreadable"
     "Return the digest of an item's file, or of its pixels where there is no file."
     try:
         if not has_file(item):
@@ -135,7 +135,7 @@ def _weights(name: str, digest: str) -> str:
     return f"{Path(name).name if Path(name).is_dir() else name} {digest}"  # a path would say where, not what
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: str | Iterable[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else sorted(set(value))
 
 # %% ../../nbs/data/08_extraction.ipynb #5ca45a77

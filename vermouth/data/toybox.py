@@ -344,7 +344,7 @@ def _drawn(kind: str, name: str, instance: int, seed: int, others: tuple[str, ..
         image, mask, caption, facts = scene(rng, name, others)
     return ToyItem(image, label, name, caption, mask, points, facts)
 
-
+# %% ../../nbs/data/01_toybox.ipynb #7a10c3e5
 def render(
     kind: str,                        # "photo", "sketch" or "scene"
     name: str,                        # category

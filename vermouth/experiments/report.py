@@ -52,13 +52,6 @@ def summary(
     order = [*dict.fromkeys(rows.setting), *([CHANCE] if levels else [])]
     return pd.DataFrame(text).reindex(order).fillna("")
 
-# %% ../../nbs/experiments/01_report.ipynb #19a40b35
-def _scores(rows: pd.DataFrame, column: str, name: str) -> np.ndarray:  # (S,Q) or (S,Q,3,K), by seed
-    "Return what each seed scored. Raises VermouthError for a name that was not run."
-    choose(column, name, dict.fromkeys(rows[column]))
-    part = rows[(rows[column] == name) & (rows.seeds == 1)].drop_duplicates("seed", keep="last")
-    return np.stack(part.sort_values("seed").scores.tolist())
-
 # %% ../../nbs/experiments/01_report.ipynb #af003fcb
 def difference(
     rows: pd.DataFrame,  # of one task, metric, and either one method or one setting
@@ -66,8 +59,12 @@ def difference(
     other: str,
     column: str = "setting",  # what tells the two apart: setting or method
 ) -> Interval:           # of the first minus the second
-    "Compare two settings or methods within each seed and query."
-    pair = [_scores(rows, column, name) for name in (better, other)]
+    "Compare two settings or methods within each seed and query. Raises VermouthError for a name that was not run."
+    pair = []
+    for name in (better, other):
+        choose(column, name, dict.fromkeys(rows[column]))
+        part = rows[(rows[column] == name) & (rows.seeds == 1)].drop_duplicates("seed", keep="last")
+        pair.append(np.stack(part.sort_values("seed").scores.tolist()))  # (S,Q) or (S,Q,3,K), by seed
     statistic = rows.statistic.iloc[0] if "statistic" in rows else None
     seeds = max(map(len, pair))  # what no seed changes was measured once
     a, b = (x if len(x) == seeds else np.repeat(x[:1], seeds, axis=0) for x in pair)

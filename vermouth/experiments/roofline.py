@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'by_kind', 'Step', 'waterfall']
 
 # %% ../../nbs/experiments/05_roofline.ipynb #c6fb9a02
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -59,7 +60,9 @@ class _Recorder(TorchDispatchMode):
         self.device = device
         self.operations: list[Operation] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         count = flop_registry.get(func.overloadpacket)
         if count is None:

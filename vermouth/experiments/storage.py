@@ -85,12 +85,12 @@ class Rows:
     def __len__(self) -> int:
         return self.items
 
-
+# %% ../../nbs/experiments/06_storage.ipynb #7a10c3e1
 def take(rows: Sequence[int], dataset: "Dataset") -> list[Tensor]:
     "Return maps (B,C,h,w) of rows of a dataset in the format `torch`."
     return [*dataset[rows].values()]
 
-
+# %% ../../nbs/experiments/06_storage.ipynb #7a10c3e2
 def take_by_hand(rows: Sequence[int], dataset: "Dataset", shapes: dict[str, list[int]]) -> list[Tensor]:
     "Return maps (B,C,h,w) of rows of a dataset in the format `arrow`."
     table, levels = dataset[rows], []
@@ -134,7 +134,7 @@ def train_on(features: Features, plan: Plan, items: int) -> None:
     labels = [i % 100 for i in range(items)]
     train_head(head, Rows(plan, items, features.batch), labels, classes, batch_size=32, held=0, quiet=True)
 
-
+# %% ../../nbs/experiments/06_storage.ipynb #7a10c3e3
 def _read_rates(out: Path, plan: Plan, rounds: int) -> dict[str, dict[str, float]]:  # images/s by way and use
     "Read shuffled batches in every way, in turns, after a round that fills the system's cache."
     order = np.random.default_rng(0).permutation(plan.items).tolist()

@@ -19,7 +19,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -222,7 +221,7 @@ def protocol_of(setting: str) -> str:
     return found[1] if found else "ours"
 
 # %% ../../nbs/experiments/00_tables.ipynb #7ef8b5eb
-def with_interval(row: Any) -> str:  # of a table, with `value` and the columns of `INTERVAL`
+def with_interval(row: pd.Series) -> str:  # of a table, with `value` and the columns of `INTERVAL`
     "Return a number in percent, its interval and how many seeds it has, as text."
     if pd.isna(row.low):
         return f"{100 * row.value:.1f}"

@@ -125,7 +125,11 @@ class Embedder(_Silent):
         value_range: AnyRange = None,  # of tensors, as for `images.image_batch`
     ) -> str:
         "Return why images are not what the model was made for; nothing where that is not known."
-        return _toybox_misfit(images, value_range) if self.name in ("toybox", "clip:toybox") else ""
+        if self.name not in ("toybox", "clip:toybox"):
+            return ""
+        student = _drawn_world()
+        pixels = image_batch(images, student.size, value_range)
+        return "" if _are_known(student.net, student.fit, pixels) else drawn_only("toybox")
 
     def describe(self) -> dict[str, Any]:  # JSON's types, for `embedder_from`
         "Return what a card needs to build this model again."
@@ -485,7 +489,7 @@ class Student(_TeacherWords):
         net: StudentNet,        # without batch normalisation
         fit: Fit,               # of the means of all levels but the last
         about: dict[str, Any],  # of the card
-        device: Any = None,     # None takes the best there is
+        device: str | torch.device | None = None,  # None takes the best there is
         allow: Sequence[str] = (),
     ):
         self.device, self.allow, self.about = pick_device(device), allow, about
@@ -521,7 +525,7 @@ SIDES = (8, 1024)  # least and most pixels of a student's images
 def load_student(
     folder: Path,
     card: dict[str, Any],  # from `read_card`
-    device: Any = None,
+    device: str | torch.device | None = None,
     allow: Sequence[str] = (),
 ) -> Student:
     "Return the student in a folder. Raises VermouthError if files are missing, damaged, or do not fit."
@@ -573,17 +577,10 @@ def _drawn_world() -> Student:
     folder = student_folder("toybox") or Path()
     return load_student(folder, read_card(folder), "cpu")
 
-
-def _toybox_misfit(images: Images, value_range: AnyRange) -> str:
-    "Why images do not fit the Toybox."
-    student = _drawn_world()
-    pixels = image_batch(images, student.size, value_range)
-    return "" if _are_known(student.net, student.fit, pixels) else drawn_only("toybox")
-
 # %% ../../nbs/zoo/01_embedders.ipynb #72950a33
 def student_of(
     model: Any,          # a name as for `vermouth.model.open_model`, or what that has opened
-    device: Any = None,
+    device: str | torch.device | None = None,
     allow: Sequence[str] = (),
 ) -> Student:
     "Return the student of a model. Raises VermouthError if there is none, or if its teacher had other weights."
@@ -695,8 +692,8 @@ class LinearClassifier(HubModel, Embedder):
 def load(
     cls: LinearClassifier,
     folder: str | Path,         # that `save` wrote
-    device: Any = None,         # None takes the best there is
-    dtype: Any = "float32",     # of a frozen backbone
+    device: str | torch.device | None = None,  # None takes the best there is
+    dtype: str | torch.dtype = "float32",      # of a frozen backbone
     allow: Sequence[str] = (),  # ("hub",) fetches parts that only the card names
 ) -> LinearClassifier:
     "Return a saved classifier. Raises VermouthError if files or parts are missing or do not fit."
@@ -761,8 +758,8 @@ def rejection_threshold(
 def embedder_from(
     described: dict[str, Any],  # from `Embedder.describe`
     folder: Path,               # of the card, for messages
-    device: Any = None,
-    dtype: Any = "float32",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
     allow: Sequence[str] = (),  # ("hub",) fetches parts that only the card names
     overlay: Mapping[str, Any] = {},  # of `load_backbone`; nothing takes the card's
 ) -> Embedder:
@@ -798,7 +795,13 @@ def embedder_from(
 
 # %% ../../nbs/zoo/01_embedders.ipynb #223109a6
 def _worded_embedder(
-    kind: str, names: Mapping[str, str], parts: dict, described: dict, device: Any, dtype: Any, over: Mapping[str, Any]
+    kind: str,
+    names: Mapping[str, str],
+    parts: "dict[str, Expert]",
+    described: dict[str, Any],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    over: Mapping[str, Any],
 ) -> Embedder:
     from vermouth.backbone import FeatureSettings, load_backbone
     from vermouth.text import load_clip
@@ -814,8 +817,8 @@ def _worded_embedder(
 def load_linear(
     folder: Path,
     card: dict[str, Any],  # from `read_card`
-    device: Any = None,
-    dtype: Any = "float32",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
     allow: Sequence[str] = (),
     overlay: Mapping[str, Any] = {},  # of `load_backbone`; nothing takes the card's
 ) -> LinearClassifier:
@@ -904,7 +907,7 @@ def labelled(model: Any, name: str, why: str = "", overlay: Mapping[str, Any] = 
     return model
 
 # %% ../../nbs/zoo/01_embedders.ipynb #7a4357e6
-def _embedder_in(folder: Path, device: Any, allow: Sequence[str]) -> Embedder | None:
+def _embedder_in(folder: Path, device: str | torch.device | None, allow: Sequence[str]) -> Embedder | None:
     "The model in a folder, if it needs no denoiser."
     from vermouth.expert import load_expert
 
@@ -920,13 +923,13 @@ def _embedder_in(folder: Path, device: Any, allow: Sequence[str]) -> Embedder | 
     return ExpertEmbedder(load_expert(folder, device=device)) if whole else None
 
 # %% ../../nbs/zoo/01_embedders.ipynb #57cabc04
-def _clip_embedder(name: str, device: Any) -> ClipEmbedder:
+def _clip_embedder(name: str, device: str | torch.device | None) -> ClipEmbedder:
     from vermouth.text import load_clip  # loads transformers
 
     return ClipEmbedder(load_clip(name, device))
 
 # %% ../../nbs/zoo/01_embedders.ipynb #e322142c
-def _named_embedder(name: str, device: Any, allow: Sequence[str]) -> Embedder | None:
+def _named_embedder(name: str, device: str | torch.device | None, allow: Sequence[str]) -> Embedder | None:
     "The model of a name other than auto, if it needs no denoiser."
     if name == "toybox":
         return None
@@ -946,7 +949,7 @@ def _named_embedder(name: str, device: Any, allow: Sequence[str]) -> Embedder | 
 # %% ../../nbs/zoo/01_embedders.ipynb #82c31946
 def open_embedder(
     name: str | Path = "auto",                 # as for `vermouth.model.open_model`
-    device: Any = None,
+    device: str | torch.device | None = None,
     words: bool = False,                       # for "auto": only models that know words
     allow: Sequence[str] = (),
     overlay: Mapping[str, Any] = {},           # of a denoiser: unet, lora, variant

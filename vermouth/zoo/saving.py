@@ -242,14 +242,6 @@ def names_in_card(
             raise folder_error(folder, f"it would {what}: {parts}. {remedy}")
     return named
 
-# %% ../../nbs/zoo/00_saving.ipynb #0aab4267
-def _remove_old(folder: Path, name: str) -> None:
-    "Remove weights that the card does not name, and what killed writers have left."
-    patterns = (OLD_WEIGHTS, "model-*.safetensors", f"{CARD}.*.tmp", "model*.safetensors.*.tmp")
-    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
-        if path.name != name:
-            path.unlink(missing_ok=True)
-
 # %% ../../nbs/zoo/00_saving.ipynb #e7738bb2
 def write_model(
     folder: str | Path,                    # made if it does not exist; a model in it is replaced
@@ -270,7 +262,10 @@ def write_model(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, weights)
         write_atomic(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
-        _remove_old(folder, name)
+        # weights that the card does not name, and what killed writers have left
+        patterns = (OLD_WEIGHTS, "model-*.safetensors", f"{CARD}.*.tmp", "model*.safetensors.*.tmp")
+        for path in {path for pattern in patterns for path in folder.glob(pattern)} - {folder / name}:
+            path.unlink(missing_ok=True)
     except OSError as e:
         reason = f"cannot be written ({e.strerror or e}). Free some space or give another folder."
         raise folder_error(folder, reason) from e

@@ -96,7 +96,7 @@ def _why(model: PyramidEmbedder | ClipEmbedder, asked: str) -> str:  # a clause,
     alone = asked == "segment" or not (model.clip or model.expert)
     return untrained_denoiser(model.backbone, model.size) if alone else ""
 
-
+# %% ../../nbs/zoo/04_training.ipynb #7a10c3e4
 def doubt(
     model: Any,   # from `open_model`, or anything that embeds
     asked: str,   # "embed", "classify" or "segment"
