@@ -31,10 +31,10 @@ def sections(cells):
             yield *part, following[1] if isinstance(following, tuple) else following
 
 
-def words_shown(cells):
-    "All words of a page: prose and what code shows, without fences."
+def words_shown(cells, plain="text/plain"):
+    "All words of a page: prose and what code shows, without fences; with `plain=\"\"` what Quarto reads as Markdown."
     shown = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    shown += [kinds.get("text/markdown", kinds.get("text/plain", "")) for *_, kinds in outputs(cells)]
+    shown += [kinds.get("text/markdown", kinds.get(plain, "")) for *_, kinds in outputs(cells)]
     return re.sub(r"^```.*?^```", "", "\n".join(shown), flags=re.M | re.S)
 
 
@@ -48,5 +48,13 @@ def tables(text):
 
 def longest_word(cell):
     "Of a cell as it is shown: without the address of a link or the marks of code."
-    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").replace("*", "")
+    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").replace("*", "").replace("<br>", " ")
     return max(map(len, re.split(r"[\s/\-]+", shown)), default=0)
+
+
+def letters_shown(line):
+    "About as many characters of a line of an equation as are shown side by side."
+    line = re.sub(r"\\tag\{[^}]*\}|\\(begin|end)\{\w+\}", "", line)
+    line = re.sub(r"\\(?:text|texttt|math\w+|operatorname)\{([^{}]*)\}", r"\1", line)
+    line = re.sub(r"\\(?:[dt]?frac|sqrt|bar|left|right|[bB]igg?[lr]?|underbrace)\b", "", line)
+    return len(re.sub(r"\\[a-zA-Z]+", "x", re.sub(r"\\[^a-zA-Z]|[{}$&_^\s]", "", line)))

@@ -3,7 +3,7 @@
 import re
 
 from conftest import ROOT
-from house import NBS, PAGES, quarto, settings
+from house import NBS, PAGES, markdown, quarto, settings
 
 
 def listed(contents):
@@ -44,3 +44,10 @@ def test_the_bar_leads_to_what_a_reader_wants():
 def test_styles_fetch_nothing():
     style = (NBS / "styles.css").read_text(encoding="utf-8")
     assert not re.findall(r"@import|url\(", style)
+
+
+def test_pictures_of_the_gallery_lead_to_their_pages():
+    text = markdown("gallery.ipynb")
+    pictures = re.findall(r"\[!\[([^]]+)\]\(([^)]+)\)\]\(([^)]+)\)", text)
+    assert len(pictures) > 9 and text.count("![") == len(pictures)
+    assert all((NBS / picture).is_file() and page in PAGES for _, picture, page in pictures)

@@ -34,16 +34,6 @@ def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
     end = first.lineno if documented or body is None else body.lineno
     return "\n".join(lines[node.lineno - 1 : end - 1])
 
-# %% ../../nbs/app/13_pages.ipynb #3665aaf1
-def _class_head(node: ast.ClassDef, lines: list[str]) -> str:
-    "A class with its annotated fields, or with its `__init__`."
-    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if init:
-        return _head(node, lines) + "\n" + _head(init, lines)
-    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-    shown = [lines[i] for field in fields for i in range(field.lineno - 1, field.end_lineno or field.lineno)]
-    return "\n".join([_head(node, lines), *shown])
-
 # %% ../../nbs/app/13_pages.ipynb #99014c72
 def source_signature(
     symbol: Any,  # a function or a class
@@ -54,9 +44,16 @@ def source_signature(
     except (OSError, TypeError):
         return ""
     node = ast.parse("\n".join(lines)).body[0]
-    if isinstance(node, ast.ClassDef):
-        return _class_head(node, lines)
-    return _head(node, lines) if isinstance(node, ast.FunctionDef) else ""
+    if isinstance(node, ast.FunctionDef):
+        return _head(node, lines)
+    if not isinstance(node, ast.ClassDef):
+        return ""
+    # a class with its `__init__`, or with its annotated fields
+    if init := next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None):
+        return _head(node, lines) + "\n" + _head(init, lines)
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    shown = [lines[i] for field in fields for i in range(field.lineno - 1, field.end_lineno or field.lineno)]
+    return "\n".join([_head(node, lines), *shown])
 
 # %% ../../nbs/app/13_pages.ipynb #a4bfe44f
 class SignatureRenderer(MarkdownRenderer):
@@ -218,6 +215,30 @@ def _unnumbered(
     common = ", ".join(f"{name} {value}" for name, value, *_ in shared if len(left) < len(columns))
     return [list(line) for line in zip(*left, strict=True)], int(left[0][0] == "method"), common
 
+# %% ../../nbs/app/13_pages.ipynb #b5d2f8c3
+_INTERVAL = re.compile(r"\[[-−+]?[\d.]+, [-−+]?[\d.]+\]|\([-−+]?[\d.]+ to [-−+]?[\d.]+\)")
+_HARD = "\u00a0"  # a space that does not break
+
+
+def _unbroken(
+    cell: str,           # of a table
+    name: bool = False,  # does it name a row?
+) -> str:
+    "A cell's text with spaces that do not break where a line should not end."
+    if "`" in cell or "](" in cell:
+        return cell
+    if name:
+        lines = textwrap.wrap(cell, 16, break_long_words=False, break_on_hyphens=False)
+        cell = re.sub(r"\b(\w)-", "\\1-\u2060", " ".join(line.replace(" ", _HARD) for line in lines))  # U-head
+    cell = _INTERVAL.sub(lambda found: found[0].replace(" ", _HARD), cell)
+    return re.sub(r"(?<![\w-])--(?=[a-z])", r"\-\-", cell)
+
+# %% ../../nbs/app/13_pages.ipynb #d7f4b1e5
+def _as_written(text: str) -> str:
+    "Markdown whose cells break between words, and in which a paragraph that begins with \"(a)\" is no list."
+    text = re.sub(r"^\((\w)\) ", r"(\1\\) ", text, flags=re.M)
+    return re.sub(r"(?<=\|)[^|\n]+(?=\|)", lambda cell: _unbroken(cell[0]), text)
+
 # %% ../../nbs/app/13_pages.ipynb #5592de42
 def markdown_table(html: str) -> str:
     "The first table of an HTML text in Markdown, or several where it is wider than the page; empty if there is none."
@@ -231,6 +252,7 @@ def markdown_table(html: str) -> str:
     lines = [_one_head(rows[:heads], parser.keys)]
     lines += [["–" if cell == "NaN" else cell for cell in row] for row in rows[heads:]]
     lines, keys, common = _unnumbered(lines, parser.keys)
+    lines[1:] = [[_unbroken(cell, i < keys) for i, cell in enumerate(row)] for row in lines[1:]]
     tables = [f"In all rows: {common}."] if common else []
     for columns in (groups := _blocks(lines, keys)):
         shown = [[row[i] for i in columns] for row in lines]
@@ -244,19 +266,22 @@ _CHECK = re.compile(r"test_\w+|assert")
 
 
 def _fold_as(
-    source: str,    # of a code cell
+    cell: Any,      # of code
     results: bool,  # does it stand on a results page?
 ) -> str:           # what the folded cell is called; empty for one that stays open
+    source, shows = cell.source, bool(cell.get("outputs"))
+    results = results and "parameters" not in cell.metadata.get("tags", ())
     if re.search(r"^#\|\s*(code-fold|echo|output: asis)", source, re.M):
         return ""
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a magic
         return ""
-    if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
-        return "Setup"
+    imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
     last = ast.unparse(body[-1]) if body else ""
     checks = sum(bool(_CHECK.match(ast.unparse(n))) for n in body)
+    if imports and (all(imports) or (imports[0] and not shows and not checks)):
+        return "Setup"
     if checks and _CHECK.match(last) and "print(" not in source:
         return "Checks"
     return "Code" if results else ""
@@ -264,7 +289,9 @@ def _fold_as(
 # %% ../../nbs/app/13_pages.ipynb #6d487118
 def _is_log(output: Any) -> bool:
     "Is an output the trace of progress bars, or of a library's warnings?"
-    return output.get("name") == "stderr"
+    data = output.get("data", {})
+    html = re.sub(r"<style>.*?</style>|</?div>|\s", "", "".join(data.get("text/html", "bars")), flags=re.S)
+    return output.get("name") == "stderr" or not html or any("widget" in kind for kind in data)
 
 # %% ../../nbs/app/13_pages.ipynb #5b4301f7
 def _is_results(path: str | Path) -> bool:
@@ -369,8 +396,7 @@ class SiteProcessor:
     "What nbdev does to each page last."
 
     def __init__(self, nb: Any):
-        self.nb = nb
-        self.path = Path(getattr(nb, "path_", ""))
+        self.nb, self.path = nb, Path(getattr(nb, "path_", ""))
         self.results = _is_results(self.path)
         cells = [cell for cell in getattr(nb, "cells", ()) if cell.cell_type == "code"]
         self.module = SignatureRenderer.page_module = _module_of(cells)
@@ -386,9 +412,9 @@ class SiteProcessor:
             cell.source = self._mended(cell.source)
         if cell.cell_type != "code":
             return
-        if summary := _fold_as(cell.source, self.results and "parameters" not in cell.metadata.get("tags", ())):
-            cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
         cell.outputs = [output for output in cell.get("outputs", ()) if not _is_log(output)]
+        if summary := _fold_as(cell, self.results):
+            cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
         for output in cell.outputs:
             data = output.get("data", {})
             if "text/html" in data and (table := markdown_table("".join(data["text/html"]))):
@@ -399,6 +425,7 @@ class SiteProcessor:
 
     def _mended(self, text: str) -> str:
         "Markdown with mended links; on the page of the program its commands are meant."
+        text = _as_written(text)
         return text if self.path.stem == "08_cli" else _mend_sections(text, self.module, self.rows)
 
     def end(self) -> None:
@@ -427,7 +454,9 @@ def command_reference() -> str:
         lines = ["| argument or option | default | what it is |", "|:--|:--|:--|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         text.append(f"## {name}\n\n{' '.join((command.help or '').split())}\n\n" + "\n".join(lines))
-    return "\n\n".join(text)
+    # an option is code: two hyphens in a text become a dash
+    options = re.compile(r"`[^`\n]*`|(?<![\w-])--[a-z][\w-]*")
+    return options.sub(lambda found: f"`{found[0].strip('`')}`", "\n\n".join(text))
 
 # %% ../../nbs/app/13_pages.ipynb #444f9005
 _DATA = ("toybox", "random", "crowds of 100")  # what the front page speaks of: what every checkout can measure
@@ -448,8 +477,8 @@ def _shown(number: pd.Series, form: str) -> str:
     "A number with its interval, as text."
     if pd.isna(number.value):
         return "–"
-    bounds = "" if pd.isna(number.low) else f" [{form.format(number.low)}, {form.format(number.high)}]"
-    return form.format(number.value) + bounds
+    bounds = "" if pd.isna(number.low) else f" [{form.format(number.low)}, {form.format(number.high)}]".replace("%", "")
+    return _unbroken(form.format(number.value) + bounds)
 
 # %% ../../nbs/app/13_pages.ipynb #0dd38e07
 _OWN = r"Vermouth|U-head|without expert|random weights|oracle|chance|.*\(ours\)|.*, random weights"  # no baselines
@@ -478,7 +507,7 @@ _FRONT = (  # what, page, metric, part of the setting, form of the number; publi
     ),
     (
         ("naming pixels, mIoU", "12_segmentation", "mIoU", "", "{:.1%}"),
-        ("Vermouth", "regions named by CLIP (ours)", ""),
+        ("Vermouth", "Vermouth+ (ours)", ""),
     ),
     (
         ("the U-Net's features of an image on a CPU", "30_benchmark", "seconds", "", "{:.2f} s"),
@@ -504,5 +533,6 @@ def front_table(
         if not other:
             beside = _best_baseline(rows, page, metric, setting)
         shown = [_shown(number, form) for number in (*numbers, beside[0])]
-        lines.append(f"| [{what}]({pages}{page}.ipynb) | {' | '.join(shown)} | {beside[1]} |")
+        name = re.sub(r"^\(\w\) ", "", beside[1])
+        lines.append(f"| [{what}]({pages}{page}.ipynb) | {' | '.join(shown)} | {name} |")
     return "\n".join(lines)
