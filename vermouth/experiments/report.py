@@ -107,7 +107,7 @@ def smallest_difference(
         if each:
             half = 50 * np.median([d.high - d.low for d in each])
             parts.append(f"{task}, {method}: {half:.1f}")
-    return "Differences of two settings that can be told from none, in points: " + "; ".join(parts) + "."
+    return "Smallest detectable differences of two settings, in points: " + "; ".join(parts) + "."
 
 # %% ../../nbs/experiments/01_report.ipynb #e93f44f7
 def peak(
@@ -119,7 +119,7 @@ def peak(
     mean = 100 * means(rows).set_index("setting").value
     best = mean.idxmax()
     level = [name for name in mean.index if name != best and difference(rows, best, name).verdict != "ahead"]
-    return {"best": best, "per cent": f"{mean[best]:.1f}", "not told from it": ", ".join(level)}
+    return {"best": best, "per cent": f"{mean[best]:.1f}", "level with it": ", ".join(level)}
 
 # %% ../../nbs/experiments/01_report.ipynb #81e8e56a
 def standing(
