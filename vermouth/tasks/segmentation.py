@@ -9,7 +9,7 @@ __all__ = ['train_segmentation', 'model_labeller', 'confusion_counts', 'segmenta
 # %% ../../nbs/tasks/02_segmentation.ipynb #410a2a8c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -540,51 +540,83 @@ def cut_out(
     return square
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #ff8f8746
+Vectors = Callable[[list, list[str]], Tensor]  # images and prompts → (B,D,h,w) in CLIP's space
+
+
+def mean_log_probabilities(
+    vectors: Sequence[Tensor],  # (D,h,w) per head
+    classes: Tensor,            # (K,D) embeddings of the names
+    size: Sequence[int],        # height and width of the result
+) -> Tensor:                    # (K,*size)
+    "Return the log-probability of each name at each pixel, averaged over heads."
+    logits = [resize_maps(class_logits(v[None], classes.to(v)), size)[0] for v in vectors]
+    return torch.stack([each.log_softmax(0) for each in logits]).mean(0).cpu()
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #regscore
+CLIP_WEIGHT = {True: 0.2, False: 0.8}  # in the mean: for names that the heads were trained with, and for others
+BACKGROUND = 0.85  # probability from which on a pixel is background, where heads and CLIP are fused
+
+
+def name_scores(
+    clip: Clip,
+    parts: Tensor,               # (P,D) CLIP's embeddings of the parts of an image
+    nearest: np.ndarray,         # (H,W) number of a part
+    vectors: Sequence[Tensor],   # (D,h,w) per head; none leaves the names to CLIP
+    classes: Tensor,             # (K,D) embeddings of the names
+    weights: Sequence[float],    # K times: of CLIP in the mean
+) -> Tensor:                     # (K,H,W)
+    "Return how well each name suits each pixel: a log-probability, or a geometric mean of two that is not normalised."
+    by_clip = (clip.model.logit_scale.exp() * parts @ classes.T).log_softmax(1).cpu().T[:, nearest]
+    if not vectors:
+        return by_clip
+    weight = torch.tensor(weights)[:, None, None]
+    return weight * by_clip + (1 - weight) * mean_log_probabilities(vectors, classes, nearest.shape)
+
+# %% ../../nbs/tasks/02_segmentation.ipynb #regparts
 def _name_parts(
     names: Sequence[str],
-    parts: Tensor,               # (P,K) cosines of the parts with the names
-    nearest: np.ndarray,         # (H,W) number of a part
-    grounds: dict[str, Tensor],  # (H,W) score of each background
+    scores: Tensor | None,       # (O,H,W) of the names that are no background, from `name_scores`
+    grounds: dict[str, Tensor],  # (H,W) probability of each background
     inside: np.ndarray,          # (H,W) bool: not background
 ) -> np.ndarray:                 # (H,W) indices of the names
-    objects = [i for i, name in enumerate(names) if name not in grounds]
-    behind = [i for i, name in enumerate(names) if name in grounds]
-    if not objects:
-        return np.array(behind)[torch.stack([grounds[n] for n in names]).argmax(0).numpy()]
-    labels = np.array(objects)[parts[:, objects].argmax(1).numpy()][nearest]
-    if not behind:
-        return labels
-    scores = torch.stack([grounds[names[i]] for i in behind])
-    return np.where(inside, labels, np.array(behind)[scores.argmax(0).numpy()])
+    objects = np.array([i for i, name in enumerate(names) if name not in grounds])
+    behind = np.array([i for i, name in enumerate(names) if name in grounds])
+    found = [] if scores is None else [objects[scores.argmax(0).numpy()]]
+    if len(behind):
+        found.append(behind[torch.stack([grounds[names[i]] for i in behind]).argmax(0).numpy()])
+    return np.where(inside, found[0], found[-1])
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #0585f8cd
 def region_labeller(
-    vectors: Callable[[list, list[str]], Tensor],  # images and prompts → (B,D,h,w), as for `vector_labeller`
+    where: Sequence[Vectors],      # heads that tell objects from backgrounds, trained on the same names
     clip: Clip,
-    trained_on: MaskSplit,  # whose seen names the vectors were trained with
-    least: float = 0.005,   # of an image, for a part to be named
-    **text: Any,            # of `label_embeddings`, for the seen names
+    trained_on: MaskSplit,         # whose seen names the heads were trained with
+    what: Sequence[Vectors] = (),  # heads that name objects together with CLIP; none leaves the names to CLIP
+    background: float = 0.5,       # probability of all backgrounds together, from which on a pixel is one of them
+    least: float = 0.005,          # of an image, for a part to be named
+    clip_weight: Mapping[bool, float] = CLIP_WEIGHT,  # in the mean with the heads' names
 ) -> Labeller:
-    "Let CLIP name the parts of an image that are no background to a head; in a list without backgrounds, all pixels."
-    seen = [trained_on.names[k] for k in trained_on.seen]
+    "Name the parts of an image that are no background; in a list without backgrounds, all pixels."
+    seen = tuple(trained_on.names[k] for k in trained_on.seen)
     behind = [trained_on.names[k] for k in background_classes(trained_on)]
-    classes = label_embeddings(seen, clip, **text)
-    known: dict[tuple, Tensor] = {}  # embeddings of each list of names
+    embed = cache(partial(label_embeddings, clip=clip))
 
     @torch.inference_mode()
     def label(images, prompts, lists):
+        finders, namers = ([head(images, prompts) for head in heads] for heads in (where, what))
         maps = [[] for _ in lists]
-        for image, pixels in zip(map(image_tensor, images), vectors(images, prompts)):
-            logits = resize_maps(class_logits(pixels[None], classes.to(pixels)), image.shape[-2:])[0]
-            shares = dict(zip(seen, logits.softmax(0).cpu()))
-            grounds = {name: shares[name] for name in behind}
-            inside = (sum(grounds.values(), torch.zeros(image.shape[-2:])) < 0.5).numpy()
+        for i, image in enumerate(map(image_tensor, images)):
+            shares = mean_log_probabilities([v[i] for v in finders], embed(seen), image.shape[-2:]).softmax(0)
+            grounds = {name: share for name, share in zip(seen, shares) if name in behind}
+            inside = (sum(grounds.values(), torch.zeros(image.shape[-2:])) < background).numpy()
             parts, nearest = connected_parts(inside, least * inside.size)
             found = image_embeddings([cut_out(image, part) for part in parts], clip, value_range=(-1, 1))
+            score = partial(name_scores, clip, found, nearest, [v[i] for v in namers])
             for labels, names in zip(maps, map(tuple, lists)):
-                if names not in known:
-                    known[names] = label_embeddings(names, clip)
-                labels.append(_name_parts(names, (found @ known[names].T).cpu(), nearest, grounds, inside))
+                objects = [name for name in names if name not in grounds]
+                weights = [clip_weight[name in seen] for name in objects]
+                scores = score(embed(tuple(objects)), weights) if objects else None
+                labels.append(_name_parts(names, scores, grounds, inside))
         return maps
 
     return label
@@ -592,6 +624,8 @@ def region_labeller(
 # %% ../../nbs/tasks/02_segmentation.ipynb #0becc00d
 ORACLE = "oracle: prompts from the mask"
 REGIONS = "regions named by CLIP (ours)"
+PLUS = "Vermouth+ (ours)"
+FUSED = "fused with CLIP (ours)"
 UNTRAINED = ("cross-attention, untrained", "CLIP patches", "caption only")  # which no seed changes
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #7386729d
@@ -624,9 +658,9 @@ def _alone_and_named(
     expert: DenseHead | None,
     others: Mapping[str, NetworkHead],
     trained_on: MaskSplit,
-    named: bool,  # whether regions are named by CLIP, too
+    named: bool,  # whether regions are named by CLIP, and by heads and CLIP
 ) -> dict[str, Labeller]:  # method → what it says
-    "Return frozen networks alone, and regions named by CLIP. Raises VermouthError for a head of no expert."
+    "Return frozen networks alone, and what is ours. Raises VermouthError for a head of no expert."
     alone, own = {f"{name} only": other for name, other in others.items()}, {"": first.pixel_vectors}
     if expert is not None:
         if first.expert is None:
@@ -637,8 +671,15 @@ def _alone_and_named(
         name: vector_labeller(each.vectors, first.clip, **segmentation_text(each.head.protocol))
         for name, each in alone.items()
     }
-    regions = {f"{name}{REGIONS}": region_labeller(v, first.clip, trained_on) for name, v in own.items() if named}
-    return methods | regions
+    if not named:
+        return methods
+    methods |= {f"{name}{REGIONS}": region_labeller([v], first.clip, trained_on) for name, v in own.items()}
+    if alone:  # the first of the other networks where there is one, else the expert
+        name = f"{next(iter(others))} only" if others else "expert only"
+        what = [alone[name].vectors]
+        for title, where in ((f"{name}, {FUSED}", what), (PLUS, [first.pixel_vectors, *what])):
+            methods[title] = region_labeller(where, first.clip, trained_on, what, BACKGROUND)
+    return methods
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #dfcabec2
 def compare_segmentation(
