@@ -240,6 +240,9 @@ def _as_written(text: str) -> str:
     return re.sub(r"(?<=\|)[^|\n]+(?=\|)", lambda cell: _unbroken(cell[0]), text)
 
 # %% ../../nbs/app/13_pages.ipynb #5592de42
+_LONG = 36  # lines of a table, more than which are folded
+
+
 def markdown_table(html: str) -> str:
     "The first table of an HTML text in Markdown, or several where it is wider than the page; empty if there is none."
     parser = _Table()
@@ -259,7 +262,9 @@ def markdown_table(html: str) -> str:
         if len(groups) > 1:
             shown = shown[:1] + _named_groups(shown[1:], keys)
         tables.append(_pipe_table(shown))
-    return "\n\n".join(tables)
+    folded = len(lines) > _LONG
+    head, foot = (f"<details><summary>All {len(lines) - 1} rows</summary>", "</details>") if folded else ("", "")
+    return "\n\n".join(filter(None, [head, *tables, foot]))
 
 # %% ../../nbs/app/13_pages.ipynb #c304d50e
 _CHECK = re.compile(r"test_\w+|assert")
