@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,15 @@ KILLS = int(os.environ.get("VERMOUTH_KILLS", "4"))  # of each command that may b
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, which many of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def one_number_of_threads():
+    "A test that sets the number of torch's threads sets it for all after it, and the last bits of features with it."
+    yield
+    threads, torch = int(os.environ["OMP_NUM_THREADS"]), sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)
