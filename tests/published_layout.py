@@ -35,8 +35,8 @@ def text_parts(encoder, name, config, length):
     return {encoder: build_model(name, config | own).eval(), tokenizer_of(encoder): words}
 
 
-def pipeline(kind, seed=0):
-    "A pipeline of one of `FOLDERS`."
+def write_folder(folder, kind, seed=0):
+    "A complete folder in diffusers format; returns its path as a string."
     size, made_by, left, length = FOLDERS[kind]
     family = family_of(size)
     configs = family.published[size](8)
@@ -50,12 +50,5 @@ def pipeline(kind, seed=0):
             else:
                 parts[part] = build_model(name, configs[part]).eval()
         stir_norms(parts["transformer"])
-    made = made_by(**parts)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def write_folder(folder, kind, seed=0):
-    "A complete folder in diffusers format; returns its path as a string."
-    pipeline(kind, seed).save_pretrained(folder)
+    made_by(**parts).save_pretrained(folder)
     return str(folder)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .backbone import Backbone, FeatureSettings
 from .core import VermouthError, check_finite, choose, frozen, spent_on
 from .data.arrow import STORE_DTYPES, rounded
 from .data.extraction import in_chunks, item_ids, store_key
-from .expert import PACKAGED, TIMM_NAMES, Expert, load_expert
+from .expert import TIMM_NAMES, Expert, is_packaged, load_expert
 from .hooks import as_names
 from .images import image_batch, image_list, image_tensor
 from .model import Vermouth
@@ -459,9 +458,8 @@ def missing_weights(
 ) -> str:       # what to do; "" where they are on this machine, or where the name is none of timm's
     "Say how to get a network's weights."
     source = TIMM_NAMES.get(name, name)
-    _, packaged, _ = PACKAGED.get(source, ("", "", ""))
     # `load_expert` reads a package's file and compares it with its digest
-    if not timm.is_model(source) or (packaged and find_spec(packaged.partition("/")[0])):
+    if not timm.is_model(source) or is_packaged(source):
         return ""
     repo = timm.get_pretrained_cfg(source).hf_hub_id
     here = repo and isinstance(try_to_load_from_cache(repo, "model.safetensors"), str)

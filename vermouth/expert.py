@@ -196,14 +196,22 @@ PACKAGED = {  # networks whose weights a package brings: timm's name → package
 LEVELS = {"tf_efficientnet_lite0.in1k": (1, 2, 3, 4)}  # maps of networks that give more than `pick_levels` takes
 
 # %% ../nbs/library/09_expert.ipynb #4e6069eb
+def is_packaged(
+    source: str,  # timm's name of a network
+) -> bool:
+    "Return whether an installed package brings a network's weights."
+    _, path, _ = PACKAGED.get(source, ("", "", ""))
+    return bool(path) and find_spec(path.partition("/")[0]) is not None
+
+
 def packaged_weights(
     source: str,                    # timm's name of a network
 ) -> dict[str, Tensor] | None:      # by timm's names; None where no installed package has them
     "Return weights that a package brings. Raises VermouthError for a file with another digest than `PACKAGED` says."
-    package, path, digest = PACKAGED.get(source, ("", "", ""))
-    folder, _, file = path.partition("/")
-    if not package or find_spec(folder) is None:
+    if not is_packaged(source):
         return None
+    package, path, digest = PACKAGED[source]
+    folder, _, file = path.partition("/")
     data = files(folder).joinpath(file).read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise VermouthError(

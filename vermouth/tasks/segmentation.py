@@ -206,6 +206,7 @@ def train_segmentation(
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #3bda9a92
 Labeller = Callable[[list, list[str], Sequence[Sequence[str]]], list[list[np.ndarray]]]
+Vectors = Callable[[list, list[str]], Tensor]  # images and prompts → (B,D,h,w) in CLIP's space
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #d52fa444
 def _sizes(images: list) -> list[tuple[int, int]]:  # height and width
@@ -213,9 +214,9 @@ def _sizes(images: list) -> list[tuple[int, int]]:  # height and width
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #84f3e7a4
 def vector_labeller(
-    vectors: Callable[[list, list[str]], Tensor],  # images and prompts → (B,D,h,w)
-    clip: Clip,                                    # whose text space it is
-    **text: Any,                                   # of `label_embeddings`
+    vectors: Vectors,
+    clip: Clip,   # whose text space it is
+    **text: Any,  # of `label_embeddings`
 ) -> Labeller:
     "Compare a vector per position with the names, at the images' own size."
     known = {}  # embeddings of each list of names
@@ -540,9 +541,6 @@ def cut_out(
     return square
 
 # %% ../../nbs/tasks/02_segmentation.ipynb #ff8f8746
-Vectors = Callable[[list, list[str]], Tensor]  # images and prompts → (B,D,h,w) in CLIP's space
-
-
 def mean_log_probabilities(
     vectors: Sequence[Tensor],  # (D,h,w) per head
     classes: Tensor,            # (K,D) embeddings of the names
@@ -603,7 +601,8 @@ def region_labeller(
 
     @torch.inference_mode()
     def label(images, prompts, lists):
-        finders, namers = ([head(images, prompts) for head in heads] for heads in (where, what))
+        read = {head: head(images, prompts) for head in dict.fromkeys((*where, *what))}
+        finders, namers = ([read[head] for head in heads] for heads in (where, what))
         maps = [[] for _ in lists]
         for i, image in enumerate(map(image_tensor, images)):
             shares = mean_log_probabilities([v[i] for v in finders], embed(seen), image.shape[-2:]).softmax(0)
