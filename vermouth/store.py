@@ -7,8 +7,8 @@ __all__ = ['FeatureStore', 'extract']
 
 # %% ../nbs/library/12_store.ipynb #6305c7bc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +23,10 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, FeatureSettings, prompt_list
 from .core import VermouthError, choose, file_digest, job_share, local_folder
 from .data import arrow
-from vermouth.data.extraction import (
-    Job,
-    check_disk,
-    check_views,
-    checked,
-    items_digest,
-    make_plan,
-    make_shards,
-    store_key,
-)
+from .data.extraction import Job, check_disk, checked, items_digest, make_plan, make_shards, store_key
+from .expert import Expert
 from .images import ValueRange
 from .text import Captioner
-
-# %% ../nbs/library/12_store.ipynb #cdcf8c08
-if TYPE_CHECKING:
-    from vermouth.expert import Expert
 
 # %% ../nbs/library/12_store.ipynb #0a89d543
 class FeatureStore:
@@ -59,11 +47,10 @@ class FeatureStore:
         arrow.check_expected(self.out, self.plan, expect or {})
         self.state, self.settings = arrow.read_state(self.out, self.plan), self.plan.settings
         self.files, self.views = self.state["_data_files"], tuple(self.settings["views"])
-        flip = [name.endswith("_flip") for name in self.plan.maps]
-        self.maps = {view: [i for i, x in enumerate(flip) if x == (view == "flip")] for view in self.views}
-        self.shapes = [tuple(list(self.plan.maps.values())[i]) for i in self.maps["plain"]]  # (C,h,w) each
+        self.maps = {v: [m for m in self.plan.maps if m.endswith("_flip") == (v == "flip")] for v in self.views}
+        self.shapes = [tuple(self.plan.maps[m]) for m in self.maps["plain"]]  # (C,h,w) each
         self.starts = np.cumsum([0, *(file["items"] for file in self.files)])
-        self.opened: dict[int, tuple[pa.RecordBatch, list[np.ndarray]]] = {}
+        self.opened: dict[int, tuple[pa.RecordBatch, dict[str, np.ndarray]]] = {}
         self.compared: set[int] = set()
         for k in self.plan.shards:
             self._path(k)
@@ -130,20 +117,20 @@ def _path(self: FeatureStore, k: int, read: bool = False) -> Path:
 
 # %% ../nbs/library/12_store.ipynb #34b4cccb
 @patch
-def _shard(self: FeatureStore, k: int) -> tuple[pa.RecordBatch, list[np.ndarray]]:
+def _shard(self: FeatureStore, k: int) -> tuple[pa.RecordBatch, dict[str, np.ndarray]]:
     "Return texts and maps (n,C,h,w) of a shard, mapped, as the int16 of their bits; not to be written to."
     path = self._path(k, self.verify and k not in self.compared)
     self.compared.add(k)
     if k not in self.opened:
         try:
-            texts, levels, _ = arrow.open_shard(path, self.plan)
+            texts, maps, _ = arrow.open_shard(path, self.plan)
         except arrow.DAMAGE as e:
             raise arrow.shard_error(path, f"cannot be read ({str(e)[:100]})") from e
         if len(texts) != self.files[k]["items"]:
             raise arrow.shard_error(path, f"has {len(texts)} rows")
         if len(self.opened) == 8192:  # Linux allows 65,530 maps
             self.opened.pop(next(iter(self.opened)))
-        self.opened[k] = texts, [level.view(torch.int16).numpy() for level in levels]
+        self.opened[k] = texts, {name: x.view(torch.int16).numpy() for name, x in maps.items()}
     return self.opened[k]
 
 # %% ../nbs/library/12_store.ipynb #210e0640
@@ -154,7 +141,7 @@ def batch(
     view: str = "plain",     # one of `views`
 ) -> list[Tensor]:           # (B,C,h,w) per level, copied out of the files
     "Return the maps of several items. Raises VermouthError for a view that is not stored."
-    of_view = self.maps[choose("view", view, self.views)]
+    names = self.maps[choose("view", view, self.views)]
     where = np.asarray(indices, dtype=np.int64).reshape(-1)
     if len(where) and not -len(self) <= where.min() <= where.max() < len(self):
         raise IndexError(f"items {where.min()} … {where.max()} of a store of {len(self)}")
@@ -164,7 +151,7 @@ def batch(
     for k in np.unique(home):
         rows = np.flatnonzero(home == k)
         maps = self._shard(k)[1]
-        for level, mapped in zip(levels, [maps[i] for i in of_view], strict=True):
+        for level, mapped in zip(levels, [maps[name] for name in names], strict=True):
             for row, i in zip(rows, where[rows] - self.starts[k], strict=True):
                 level[row] = mapped[i]
     return [torch.from_numpy(level).view(self.plan.dtype) for level in levels]
@@ -210,24 +197,17 @@ def begin(job: Job, shard_size: int | None, k: int, n: int) -> list[int]:
     return [j for j in mine if j not in found]
 
 # %% ../nbs/library/12_store.ipynb #7d29364d
-@contextmanager
-def write_lock(out: Path, alone: bool = True) -> Iterator[None]:
+def write_lock(out: Path, alone: bool = True) -> AbstractContextManager:
     "Make a folder and keep other processes from writing it. Raises VermouthError if one does, or it cannot be made."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock", timeout=0)
-        if alone:
-            lock.acquire()
+        return FileLock(out / ".lock").acquire(timeout=0) if alone else nullcontext()
     except Timeout as e:
         raise VermouthError(
             f"out={str(out)!r}: another process is writing this store. Wait until it is done, or give another out."
         ) from e
     except OSError as e:
         raise VermouthError(f"out={str(out)!r}: cannot be written ({e.strerror}). Give a folder that is yours.") from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 # %% ../nbs/library/12_store.ipynb #dcb2dff8
 def fill(job: Job, shard_size: int | None, k: int, n: int, wait: bool, quiet: bool) -> FeatureStore | None:
@@ -256,7 +236,7 @@ def extract(
     out: str | Path,     # folder of the store; an unfinished one is taken up again
     prompts: str | Sequence[str] | None = None,  # one per item, or one for all; None: from the captioner, or empty
     captioner: Captioner | None = None,  # writes the prompts
-    expert: "Expert | None" = None,  # from `vermouth.expert.load_expert`; its maps follow the backbone's
+    expert: Expert | None = None,  # from `vermouth.expert.load_expert`; its maps follow the backbone's
     size: int | tuple[int, int] | None = None,  # resize every image to this side, or to (height, width)
     batch_size: int = 32,  # images in one pass
     shard_size: int | None = None,  # items of a file, what a crash can cost; None: half a minute's work, at most 64
@@ -278,9 +258,8 @@ def extract(
     prompts, quiet = None if prompts is None else prompt_list(prompts, len(items)), quiet or k > 0
     if fit == "crop" and size is None:
         raise VermouthError("fit='crop': to which size? Pass size=.")
-    how: dict[str, Any] = {"fit": fit, "views": check_views(views), "value_range": value_range}
-    key = store_key(backbone, prompts, captioner, expert, size, dtype, **how, **settings)
-    job = Job(backbone, items, local_folder(out), prompts, captioner, expert, size, batch_size, key, settings, **how)
+    key = store_key(backbone, prompts, captioner, expert, size, dtype, fit, views, value_range, **settings)
+    job = Job(backbone, items, local_folder(out), prompts, captioner, expert, batch_size, key, settings)
     with write_lock(job.out, alone=n == 1):
         store = fill(job, shard_size, k, n, not shard_of, quiet)
     if store and store.skipped and not quiet:

@@ -15,19 +15,15 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from ..core import VermouthError, file_digest
-
-# %% ../../nbs/app/03_database.ipynb #b1c5d734
-if TYPE_CHECKING:
-    import faiss
 
 # %% ../../nbs/app/03_database.ipynb #dbf2ff0d
 # vectors up to which all are compared; of the 10 and of the 100 nearest, found on average
@@ -47,8 +43,8 @@ def load_faiss() -> ModuleType:
     return faiss
 
 # %% ../../nbs/app/03_database.ipynb #3fdc0cd5
-def find_nearest(neighbours: "faiss.Index", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Return the largest inner products with queries (Q,D): scores (Q,k) and ids (Q,k)."
+def find_nearest(neighbours: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    "Return the largest inner products of a faiss index with queries (Q,D): scores (Q,k) and ids (Q,k)."
     faiss, cells = load_faiss(), getattr(neighbours, "nlist", 0)
     probes, threads = getattr(neighbours, "nprobe", 0), faiss.omp_get_max_threads()
     try:
@@ -99,6 +95,7 @@ def _tune(index: Any, ids: np.ndarray, read: Callable) -> float:
 # %% ../../nbs/app/03_database.ipynb #33d59d2b
 FILE, FORMAT, APPLICATION = "index.sqlite", 3, int.from_bytes(b"Vmth")  # format 1, in JSON, was that of version 0.1
 COLUMNS = "path, sha256, width, height, reason, vector, thumbnail"
+COUNTING = "reason IS NULL AND id <= ? ORDER BY path"  # the photos of an index, up to the last row that counts
 SCHEMA = [
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     "CREATE TABLE photos (id INTEGER PRIMARY KEY, path TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, "
@@ -112,8 +109,8 @@ OURS = re.compile(r"\.lock|index\.sqlite(?:-wal|-shm|-journal)?|neighbours-(?:([
 @contextmanager
 def connect(out: Path, write: bool = False, wait: bool = False) -> Iterator[sqlite3.Connection]:
     "Give an open index. Raises VermouthError if it is none, damaged, of another version or, without `wait`, busy."
-    old = not (out / FILE).exists() and (out / "index.json").exists()
-    if old or not write and not (out / FILE).exists():
+    old = (out / "index.json").exists()
+    if not (out / FILE).exists() and (old or not write):
         what = "made by 0.1: index again" if old else f"no {FILE} to read in it"
         raise VermouthError(
             f"index={str(out)!r}: {what}. Give a folder that `vermouth index` has written, or a new out."
@@ -266,8 +263,7 @@ def write_settings(db: sqlite3.Connection, **settings: Any) -> None:
 # %% ../../nbs/app/03_database.ipynb #0793eb07
 def read_listing(db: sqlite3.Connection, settings: dict[str, Any]) -> list[tuple[str, str]]:
     "Return path and digest of all photos that count, compared with the checksum."
-    where = "reason IS NULL AND id <= ? ORDER BY path"
-    found = db.execute(f"SELECT path, sha256 FROM photos WHERE {where}", [settings["last"]]).fetchall()
+    found = db.execute(f"SELECT path, sha256 FROM photos WHERE {COUNTING}", [settings["last"]]).fetchall()
     if seal([settings["fingerprint"], *found]) != settings["checksum"]:
         raise sqlite3.DatabaseError("photos are missing")
     return found
@@ -279,7 +275,7 @@ def read_photos(db: sqlite3.Connection) -> Iterator[list[Any]]:
     if "checksum" not in settings:
         raise sqlite3.DatabaseError("it is not finished")
     read_listing(db, settings)
-    for row in read_rows(db, "reason IS NULL AND id <= ? ORDER BY path", settings["last"]):
+    for row in read_rows(db, COUNTING, settings["last"]):
         if any(type(side) is not int for side in row[2:4]):
             raise sqlite3.DatabaseError("a photo is without a size")
         yield [*row[:4], vector_of(row[5], settings["dim"])]
@@ -309,9 +305,8 @@ def write_neighbours(out: Path, index: Any) -> str:  # the file's name
 # %% ../../nbs/app/03_database.ipynb #c52aede5
 def all_vectors(db: sqlite3.Connection, settings: dict[str, Any]) -> Any:
     "Return a faiss index of the vectors in the database, in which all are compared."
-    where = "reason IS NULL AND id <= ? ORDER BY path"
-    ids = np.array(db.execute(f"SELECT id FROM photos WHERE {where}", [settings["last"]]).fetchall(), np.int64)[:, 0]
-    return make_neighbours(ids, lambda some: read_vectors(db, some), len(ids))[0]
+    found = db.execute(f"SELECT id FROM photos WHERE {COUNTING}", [settings["last"]]).fetchall()
+    return make_neighbours(np.array([i for (i,) in found], np.int64), partial(read_vectors, db), len(found))[0]
 
 # %% ../../nbs/app/03_database.ipynb #a59baaad
 def update_neighbours(
@@ -320,7 +315,7 @@ def update_neighbours(
     "Return a faiss index of these rows, its recall and the number of vectors its cells were made for."
     trained = settings.get("trained", 0)
     if old is None or not (exact < len(ids) <= 1.5 * trained if trained else len(ids) <= exact):
-        made = make_neighbours(ids, lambda some: read_vectors(db, some), exact)
+        made = make_neighbours(ids, partial(read_vectors, db), exact)
         return *made, len(ids) if len(ids) > exact else 0
     old.remove_ids(load_faiss().IDSelectorNot(load_faiss().IDSelectorBatch(ids)))
     if len(new := ids[ids > settings["last"]]):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .files import Entry, Photo, decode_photo, read_batches, read_photo, thumbnail
+from .files import Photo, decode_photo, read_batches, read_photo, thumbnail
 from ..core import VermouthError
 from ..images import Images, small_copy
 from ..zoo.training import doubt
@@ -78,24 +78,6 @@ def embed_each(model: SearchModel, images: Sequence[Image.Image]) -> list[np.nda
 # sha256, width, height, reason, vector and thumbnail; the sha256 alone where the same bytes were found before
 Found = tuple[Photo, list[Any]]
 
-# %% ../../nbs/app/15_embedding.ipynb #cb45b524
-def embed_batch(model: SearchModel, batch: Sequence[Entry]) -> list[Found]:
-    "Return what is kept of each photo of a batch."
-    images = {digest: image for _, digest, image in batch if isinstance(image, Image.Image)}
-    vectors = dict(zip(images, embed_each(model, [*images.values()]), strict=True))
-    small = {digest: thumbnail(image) for digest, image in images.items()}
-    found: list[Found] = []
-    for photo, digest, image in batch:
-        vector = vectors.get(digest, image)
-        if vector is None:
-            found.append((photo, [digest]))
-        elif isinstance(vector, str):  # the model's refusals are tried again next time
-            reason = vector.encode("utf-8", "replace").decode()
-            found.append((photo, [digest if vector is image else None, None, None, reason, None, None]))
-        else:
-            found.append((photo, [digest, *images[digest].size, None, vector.tobytes(), small[digest]]))
-    return found
-
 # %% ../../nbs/app/15_embedding.ipynb #18160d51
 def embed_photos(
     model: SearchModel,
@@ -107,7 +89,20 @@ def embed_photos(
 ) -> Iterator[list[Found]]:
     "Yield what is kept of photos, a batch at a time."
     for batch in read_batches(folder, photos, batch_size, known, quiet):
-        yield embed_batch(model, batch)
+        images = {digest: image for _, digest, image in batch if isinstance(image, Image.Image)}
+        vectors = dict(zip(images, embed_each(model, [*images.values()]), strict=True))
+        small = {digest: thumbnail(image) for digest, image in images.items()}
+        found: list[Found] = []
+        for photo, digest, image in batch:
+            vector = vectors.get(digest, image)
+            if vector is None:
+                found.append((photo, [digest]))
+            elif isinstance(vector, str):  # the model's refusals are tried again next time
+                reason = vector.encode("utf-8", "replace").decode()
+                found.append((photo, [digest if vector is image else None, None, None, reason, None, None]))
+            else:
+                found.append((photo, [digest, *images[digest].size, None, vector.tobytes(), small[digest]]))
+        yield found
 
 # %% ../../nbs/app/15_embedding.ipynb #381afc7b
 def find_misfit(model: SearchModel, folder: str | Path, paths: Sequence[str]) -> str:

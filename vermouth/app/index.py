@@ -153,14 +153,6 @@ def nearest_rows(
                 raise sqlite3.DatabaseError("rows and neighbours differ")
         return sorted(zip(exact, rows), key=lambda hit: (-hit[0], hit[1][0]))
 
-# %% ../../nbs/app/01_index.ipynb #22a8340c
-def _find_photos(folder: str | Path) -> tuple[list, list]:
-    photos, skipped = photos_below(folder)
-    if not photos:
-        what = f"no photos in it{f' ({skipped[0][0]!r}: {skipped[0][1]})' if skipped else ''}"
-        raise VermouthError(f"folder={str(folder)!r}: {what}. Give a folder with images; the index is left as it was.")
-    return photos, skipped
-
 # %% ../../nbs/app/01_index.ipynb #742efdb9
 def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, int]:
     kept = before.keys() & after.keys()
@@ -193,7 +185,10 @@ def build_index(
     if batch_size < 1:
         raise VermouthError(f"batch_size={batch_size}: at least 1.")
     model = for_search(student_of(model) if fast else model)
-    (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), _find_photos(folder)
+    (k, n), out, (photos, skipped) = job_share(shard_of or (0, 1)), local_folder(out), photos_below(folder)
+    if not photos:
+        what = f"no photos in it{f' ({skipped[0][0]!r}: {skipped[0][1]})' if skipped else ''}"
+        raise VermouthError(f"folder={str(folder)!r}: {what}. Give a folder with images; the index is left as it was.")
     embedded = update.read_share(folder, out, model, photos[k::n], batch_size, quiet or k > 0) if n > 1 else 0
     with database.connect(out, write=True, wait=n > 1) as db:
         settings, head = update.begin(db, out, folder, model)
@@ -206,11 +201,10 @@ def build_index(
             return None  # type: ignore[return-value]  # for shard_of only
         update.keep(db, [(Photo(path), [None, None, None, why, None, None]) for path, why in skipped], rows, known)
         gone = rows.keys() - {photo.path for photo in photos} - {path for path, _ in skipped}
-        rows = {path: row for path, row in rows.items() if path not in gone}
-        after = {path: row[3] for path, row in rows.items() if row[4] is None}
+        after = {path: row[3] for path, row in rows.items() if row[4] is None and path not in gone}
         update.make_current(db, out, model, after, gone, exact, settings, head)
     index = Index(out, folder, verify=False)
-    index.changes = _changes(before, after) | {"looked_at": embedded, "set_aside": len(rows) - len(after)}
+    index.changes = _changes(before, after) | {"looked_at": embedded, "set_aside": len(rows) - len(gone) - len(after)}
     if not quiet:
         print(_report(index))
     return index

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +26,6 @@ import xxhash
 from torch import Tensor
 
 from ..core import VermouthError, choose, read_file
-
-# %% ../../nbs/data/07_arrow.ipynb #b64d47c1
-if TYPE_CHECKING:
-    from datasets import Features
 
 # %% ../../nbs/data/07_arrow.ipynb #97a7b01a
 STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,9 +37,10 @@ def rounded(
     out: Tensor | None = None,  # of the same shape, to be filled
 ) -> Tensor:                    # on the CPU
     "Return features as they are stored. Raises VermouthError if they are not finite, or do not fit."
-    y = x.to("cpu", dtype) if out is None else out.copy_(x)
+    # a GPU rounds and looks before half the bytes are copied; on the way to the CPU, the CPU would do both
+    y = x.to(dtype) if out is None or x.device.type != "cpu" else out.copy_(x)
     if not y.numel() or torch.stack(torch.aminmax(y)).isfinite().all():
-        return y
+        return y.cpu() if out is None or out is y else out.copy_(y)
     if not torch.isfinite(x).all():
         raise VermouthError(
             "backbone: it gives NaN or infinite features. Load it with dtype='float32' or 'bfloat16', or fetch its "
@@ -206,8 +203,8 @@ def check_expected(out: Path, plan: Plan, expected: dict[str, Any]) -> None:
 TEXTS = ("id", "prompt", "image_sha256", "maps_xxh3")  # columns before the maps
 
 # %% ../../nbs/data/07_arrow.ipynb #a7495274
-def features_of(plan: Plan) -> "Features":
-    "Return the columns of a store, as `datasets` describes them."
+def features_of(plan: Plan) -> Any:
+    "Return the columns of a store as a `datasets.Features`."
     from datasets import Array3D, Features, Value  # only here: a store is read without it
 
     kind = "float16" if plan.dtype == torch.float16 else "int16"
@@ -249,11 +246,11 @@ def write_shard(
     put(out / f"data-{k:05d}-{items}-{{}}.arrow", write)
 
 # %% ../../nbs/data/07_arrow.ipynb #43541663
-def open_shard(path: Path, plan: Plan) -> tuple[pa.RecordBatch, list[Tensor], list[list]]:
+def open_shard(path: Path, plan: Plan) -> tuple[pa.RecordBatch, dict[str, Tensor], list[list]]:
     "Map a shard: texts, maps (n,C,h,w) and skipped items. Raises one of `DAMAGE` if `write_shard` has not written it."
     raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     stream = pa.ipc.open_stream(pa.py_buffer(raw.numpy()))
-    batch, levels = stream.read_next_batch(), []
+    batch, maps = stream.read_next_batch(), {}
     texts = batch.select(TEXTS)
     texts.validate(full=True)
     for name, shape in plan.maps.items():
@@ -266,8 +263,8 @@ def open_shard(path: Path, plan: Plan) -> tuple[pa.RecordBatch, list[Tensor], li
         fits = values.type == (pa.float16() if plan.dtype == torch.float16 else pa.int16())
         if not fits or not 0 <= start <= len(raw) - size:
             raise ValueError(f"{name} has other numbers")
-        levels.append(raw[start : start + size].view(plan.dtype).view(len(batch), *shape))
-    return texts, levels, json.loads(stream.schema.metadata[b"vermouth"])["skipped"]
+        maps[name] = raw[start : start + size].view(plan.dtype).view(len(batch), *shape)
+    return texts, maps, json.loads(stream.schema.metadata[b"vermouth"])["skipped"]
 
 # %% ../../nbs/data/07_arrow.ipynb #12375623
 def shard_error(path: Path, wrong: str) -> VermouthError:

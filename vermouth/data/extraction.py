@@ -14,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,13 +30,10 @@ from ..backbone import Backbone, FeatureSettings, check_size
 from ..core import VermouthError, choose, fingerprint, in_batches
 from .arrow import STORE_DTYPES, Plan, rounded, shards_in, short_digest, write_shard
 from ..diffusion import check_timesteps
-from ..hooks import place_names
+from ..expert import Expert
+from ..hooks import as_names, place_names
 from ..images import FITS, ValueRange, explained, file_bytes, flatten, image_tensor, open_image
 from ..text import Captioner, shrink_picture
-
-# %% ../../nbs/data/08_extraction.ipynb #6b0c4941
-if TYPE_CHECKING:
-    from vermouth.expert import Expert
 
 # %% ../../nbs/data/08_extraction.ipynb #a5c1c5fb
 def image_of(
@@ -84,21 +81,17 @@ def item_ids(items: Sequence[Any]) -> list[str]:  # one per item
     # a name in another encoding than UTF-8 becomes text: its bytes as \xNN
     return [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in names]
 
-# %% ../../nbs/data/08_extraction.ipynb #71743c54
-def has_file(item: object) -> bool:
-    "Return True for an item whose image is the bytes of a file."
-    return isinstance(getattr(item, "source", item), (str, os.PathLike)) or hasattr(item, "read_bytes")
-
 # %% ../../nbs/data/08_extraction.ipynb #2e76a00d
 @contextmanager
-def file_of(item: Any) -> Iterator[bytes]:
-    "Give the bytes of an item's file. Raises VermouthError and OSError."
+def file_of(item: Any, name: str = "") -> Iterator[bytes | None]:
+    "Give the bytes of an item's file; None if it has none. Raises VermouthError, with the name, while they are read."
     source = getattr(item, "source", item)  # items of a data set name their file
-    if isinstance(source, (str, os.PathLike)):
-        with file_bytes(source) as data:
-            yield data
-    else:
-        yield item.read_bytes()
+    is_path = isinstance(source, (str, os.PathLike))
+    if not is_path and not hasattr(item, "read_bytes"):
+        yield None
+        return
+    with explained(name), file_bytes(source) if is_path else nullcontext(item.read_bytes()) as data:
+        yield data
 
 # %% ../../nbs/data/08_extraction.ipynb #c260f6a6
 def content_digest(content: object) -> str:  # 16 hexadecimal digits
@@ -112,10 +105,8 @@ def content_digest(content: object) -> str:  # 16 hexadecimal digits
 def image_digest(item: object) -> str:  # 16 hexadecimal digits, or "unreadable"
     "Return the digest of an item's file, or of its pixels where there is no file."
     try:
-        if not has_file(item):
-            return content_digest(image_of(item))
         with file_of(item) as data:
-            return content_digest(data)
+            return content_digest(image_of(item) if data is None else data)
     except (VermouthError, OSError):
         return "unreadable"
 
@@ -125,7 +116,7 @@ VIEWS = ("plain", "flip")
 
 def check_views(views: Sequence[str]) -> list[str]:
     "Return views in their order. Raises VermouthError for unknown ones, and if the plain one is missing."
-    names = [choose("views", name, VIEWS) for name in ([views] if isinstance(views, str) else views)]
+    names = [choose("views", name, VIEWS) for name in as_names(views)]
     if "plain" not in names:
         raise VermouthError(f"views={names}: without 'plain'. Pass ('plain',) or ('plain', 'flip').")
     return [name for name in VIEWS if name in names]
@@ -134,16 +125,12 @@ def check_views(views: Sequence[str]) -> list[str]:
 def _weights(name: str, digest: str) -> str:
     return f"{Path(name).name if Path(name).is_dir() else name} {digest}"  # a path would say where, not what
 
-
-def _names(value: str | Iterable[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else sorted(set(value))
-
 # %% ../../nbs/data/08_extraction.ipynb #5ca45a77
 def store_key(
     backbone: Backbone,
     prompts: Sequence[str] | None = None,       # one per item, where they are given
     captioner: Captioner | None = None,         # writes the prompts that are not given
-    expert: "Expert | None" = None,             # its maps follow the backbone's
+    expert: Expert | None = None,               # its maps follow the backbone's
     size: int | tuple[int, int] | None = None,  # images are resized to this
     dtype: str = "float16",                     # of the stored numbers
     fit: str = "squash",                        # one of `images.FITS`
@@ -163,8 +150,8 @@ def store_key(
         "compute": str(backbone.dtype).removeprefix("torch."),
         **vars(s),
         "timesteps": check_timesteps(s.timesteps, len(backbone.alphas)),
-        "stages": list(place_names(s.stages)) or _names(s.stages),  # single places: in the order asked for
-        "attention": _names(s.attention),
+        "stages": list(place_names(s.stages)) or sorted({*as_names(s.stages)}),  # places: in the order asked for
+        "attention": sorted({*as_names(s.attention)}),
         "prompt": given,
         "captioner": _weights(captioner.name, fingerprint(captioner.model)) if captioner else None,
         "captions": vars(captioner.settings) if captioner else None,
@@ -181,23 +168,15 @@ def store_key(
 class Job:
     "What to read, how, and where to put it."
 
-    if TYPE_CHECKING:  # a method is patched on below
-
-        def __getattr__(self, name: str) -> Any: ...
-
     backbone: Backbone
     items: Sequence[Any]
     out: Path
     prompts: list[str] | None  # None: from the captioner, or empty
     captioner: Captioner | None
-    expert: "Expert | None"
-    size: int | tuple[int, int] | None
+    expert: Expert | None
     batch_size: int
-    key: dict[str, Any]
-    settings: dict[str, Any]
-    fit: str = "squash"
-    views: Sequence[str] = ("plain",)
-    value_range: ValueRange | None = None
+    key: dict[str, Any]        # from `store_key`
+    settings: dict[str, Any]   # of `Backbone.features`
     plan: Plan = None  # type: ignore[assignment]  # read, or made from the first good image
 
     def __post_init__(self):
@@ -208,34 +187,32 @@ class Job:
 OWN_SIZE = 2**22  # pixels of an image that is read at its own size, at most
 
 
-@patch
-def prepared(self: Job, image: Any) -> tuple[Any, Tensor]:
+def _prepared(job: Job, image: Any) -> tuple[Any, Tensor]:
     "Return an image as the captioner reads it, if there is one, and as (3,H,W). Raises VermouthError for its size."
-    picture = isinstance(image, Image.Image)
-    if self.size is None and picture and image.width * image.height > OWN_SIZE:
+    size, picture = job.key["size"], isinstance(image, Image.Image)
+    if size is None and picture and image.width * image.height > OWN_SIZE:
         raise VermouthError(f"images: {image.width}×{image.height} pixels are too many for the models. Give size=.")
-    x = check_size(image_tensor(image, self.size, self.value_range, self.fit)[None], self.backbone.multiple)[0]
-    if self.plan and list(x.shape[1:]) != self.plan.size:
-        sizes = "{}×{} pixels where the store holds {}×{}".format(*x.shape[1:], *self.plan.size)
+    x = image_tensor(image, size, job.key["value_range"], job.key["fit"])
+    check_size(x[None], job.backbone.multiple)
+    if job.plan and list(x.shape[1:]) != job.plan.size:
+        sizes = "{}×{} pixels where the store holds {}×{}".format(*x.shape[1:], *job.plan.size)
         raise VermouthError(f"images: {sizes}. Give size= to bring all to one.")
-    if self.captioner is None:
+    if job.captioner is None:
         return None, x
-    return shrink_picture(self.captioner, flatten(image)) if picture else image, x
+    return shrink_picture(job.captioner, flatten(image)) if picture else image, x
 
 # %% ../../nbs/data/08_extraction.ipynb #7d5217f8
-@patch
-def read(self: Job, i: int) -> tuple[str, Any, Tensor | None, str]:
+def _read_item(job: Job, i: int) -> tuple[str, Any, Tensor | None, str]:
     "Return an item's digest, its image for the captioner, (3,H,W) for the rest, and the reason if it is skipped."
-    item, digest = self.items[i], "unreadable"
+    item, digest = job.items[i], "unreadable"
     try:
-        if not has_file(item):
-            image = image_of(item)
-            digest = content_digest(image)
-            return digest, *self.prepared(image), ""
-        with explained(self.ids[i]), file_of(item) as data:
-            digest = content_digest(data)
+        with file_of(item, job.ids[i]) as data:
+            content = image_of(item) if data is None else data
+            digest = content_digest(content)
+            if data is None:
+                return digest, *_prepared(job, content), ""
             with open_image(data) as image:
-                return digest, *self.prepared(flatten(image)), ""
+                return digest, *_prepared(job, flatten(image)), ""
     except (VermouthError, OSError) as e:
         return digest, None, None, str(e)
 
@@ -248,11 +225,11 @@ def run_models(
 ) -> tuple[list[str], dict[str, Tensor]]:  # prompts, and maps (B,C,h,w) by name
     "Run the frozen models over a batch."
     prompts = [job.prompts[i] for i in numbers] if job.prompts is not None else [""] * len(images)
-    prompts = job.captioner(list(images), value_range=job.value_range or (-1, 1)) if job.captioner else prompts
+    prompts = job.captioner(list(images), value_range=job.key["value_range"] or (-1, 1)) if job.captioner else prompts
     options = {"size": "keep", "batch_size": job.batch_size, "value_range": (-1, 1)}
     found: dict[str, Tensor] = {}
     expert = job.expert
-    for view in job.views:
+    for view in job.key["views"]:
         pixels, end = (x, "") if view == "plain" else (x.flip(-1), f"_{view}")
         maps = job.backbone.features(pixels, prompts, **options, **job.settings)
         found |= {f"level{j}{end}": m for j, m in enumerate(maps)}
@@ -268,17 +245,16 @@ SHARD_SECONDS, SHARD_NUMBERS = 30, 2**28  # at most
 def make_plan(job: Job, shard_size: int | None) -> Plan:
     "Read the first good image. Raises VermouthError if there is none."
     for i in range(len(job.items)):
-        _, image, x, _ = job.read(i)
+        _, image, x, _ = _read_item(job, i)
         if x is not None:
             break
     else:
-        raise VermouthError(f"items: none of {i + 1} can be used. The first: {job.read(0)[-1]}")
+        raise VermouthError(f"items: none of {i + 1} can be used. The first: {_read_item(job, 0)[-1]}")
     most: float = max(64, len(job.items) // 64)
     for _ in range(2):  # the first pass may compile
         began = time.perf_counter()
-        maps = {
-            m: rounded(y, STORE_DTYPES[job.key["dtype"]]) for m, y in run_models(job, [i], [image], x[None])[1].items()
-        }
+        _, found = run_models(job, [i], [image], x[None])
+        maps = {name: rounded(m, STORE_DTYPES[job.key["dtype"]]) for name, m in found.items()}
         seconds = time.perf_counter() - began
         if shard_size or seconds * most < SHARD_SECONDS:
             break
@@ -330,7 +306,7 @@ def items_digest(job: Job, k: int, digests: list[str] | None = None) -> str:
 def make_shard(
     job: Job, k: int, results: Iterator[Future], maps: dict[str, Tensor], bar: tqdm
 ) -> tuple[list, dict[str, Tensor], list, str]:
-    "Return a shard's texts, maps (n,C,h,w), skipped items, and digest; from results of `Job.read`, in given memory."
+    "Return a shard's texts, maps (n,C,h,w), skipped items, and digest; from results of `_read_item`, in given memory."
     part, skipped, digests_seen = job.plan.part(k), [], []
     texts: list[tuple[str, str, str]] = []
     while part:
@@ -356,9 +332,10 @@ def make_shards(job: Job, missing: list[int], quiet: bool) -> None:
     "Make shards. One is written while the next is computed, in memory that is used again and again."
     numbers = [i for k in missing for i in job.plan.part(k)]
     shapes = {name: (min(job.plan.shard_size, job.plan.items), *shape) for name, shape in job.plan.maps.items()}
-    spare = deque({name: torch.empty(s, dtype=job.plan.dtype) for name, s in shapes.items()} for _ in range(2))
+    pinned = {"dtype": job.plan.dtype, "pin_memory": job.backbone.device.type == "cuda"}  # copied to without a detour
+    spare = deque({name: torch.empty(s, **pinned) for name, s in shapes.items()} for _ in range(2))
     with (
-        closing(ahead(job.read, numbers, job.batch_size, job.workers)) as results,
+        closing(ahead(partial(_read_item, job), numbers, job.batch_size, job.workers)) as results,
         tqdm(total=len(numbers), desc="features", unit="image", disable=quiet or not missing) as bar,
         ThreadPoolExecutor(1) as disk,
     ):
