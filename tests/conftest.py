@@ -1,5 +1,6 @@
 "What the tests share."
 
+import gc
 import os
 import re
 import shutil
@@ -20,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTS = Counter()  # what the tests of bad input have tried; printed at the end
 KILLS = int(os.environ.get("VERMOUTH_KILLS", "4"))  # of each command that may be killed at any moment
 
+# Python's collector would take a quarter of the time that the libraries' imports take, and walk through their million
+# objects ever after, in this process and in those that split from it.
+gc.disable()
+
 # A shell that starts the tests in the background makes them ignore Ctrl-C, which many of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,6 +36,15 @@ def one_number_of_threads():
     threads, torch = int(os.environ["OMP_NUM_THREADS"]), sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the tests' files have imported
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -18,15 +18,28 @@ def run_page(page, folder, **parameters):
     notebook = load_notebook_node(str(ROOT / "nbs" / page))
     notebook = parameterize_notebook(notebook, parameters, "parameters") if parameters else notebook
     nbformat.write(notebook, Path(folder) / "out.ipynb")
-    cells, before = read_nb(Path(folder) / "out.ipynb"), os.getcwd()
+    return run_cells(read_nb(Path(folder) / "out.ipynb"), folder)
+
+
+def run_cells(notebook, folder):
+    "Execute a notebook in a folder, and return its cells with their outputs. Raises what a cell raises."
+    before = os.getcwd()
     os.chdir(folder)
     try:
-        with warnings.catch_warnings():
+        # as many columns as in Jupyter, where pandas does not fit tables into a terminal
+        with warnings.catch_warnings(), pd.option_context("display.max_columns", 20):
             warnings.simplefilter("ignore")
-            CaptureShell(Path(folder)).run_all(cells, exc_stop=True)
+            CaptureShell(Path(folder)).run_all(notebook, exc_stop=True)
     finally:
         os.chdir(before)
-    return cells.cells
+    return notebook.cells
+
+
+def shown_text(cells):
+    "What cells show, output by output, as far as it is text: figures may differ in a pixel."
+    outputs = [o for c in cells for o in c.get("outputs", []) if o.get("name") != "stderr"]
+    data = [o.get("data", {"text/plain": o.get("text")}) for o in outputs]
+    return [{k: "".join(v) for k, v in kinds.items() if k.startswith("text/")} for kinds in data]
 
 
 def page_rows(page, folder, **parameters):

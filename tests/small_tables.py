@@ -44,10 +44,12 @@ def sbir_table(model, folder, batch_size):
 
 
 if __name__ == "__main__":
+    loaded = Vermouth.build(uhead="pico")
+    frozen = {name: getattr(loaded, name) for name in ("backbone", "clip", "captioner", "expert")}
     for setting in sys.argv[1:]:
         batch_size, threads = map(int, setting.split(","))
         torch.set_num_threads(threads)
         # weights are drawn anew, so that no setting profits from the training of another
-        model, folder = Vermouth.build(uhead="pico"), Path(tempfile.mkdtemp())
+        model, folder = Vermouth.build(uhead="pico", **frozen), Path(tempfile.mkdtemp())
         table = few_shot_table(model, folder / "fewshot", batch_size)
         print(json.dumps(table | sbir_table(model, folder / "sbir", batch_size)))

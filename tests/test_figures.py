@@ -1,6 +1,5 @@
 "Figures can be read: no type below 9 points, no name over another or over the curves, none wider than the column."
 
-import json
 import re
 from itertools import combinations
 
@@ -8,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from house import NBS, cells, code_texts
+from execnb.nbio import new_nb
+from house import NBS, code_cells, code_texts
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from page_runs import run_cells, shown_text
 
 from vermouth.experiments.tables import with_intervals
 
@@ -191,7 +192,7 @@ def test_names_of_clusters():
 
 
 def test_steps_below_their_rooflines():
-    from vermouth.experiments.roofline import steps_panel
+    from vermouth.experiments.roofline import Roofline, steps_panel
 
     table = pd.read_csv(NBS / "results/30_benchmark.csv").query("metric in ('seconds', 'predicted')")
     table = table[table.seconds == table.seconds.iloc[-1]]
@@ -199,31 +200,48 @@ def test_steps_below_their_rooflines():
     table = table.assign(weights=weights).pivot_table("value", ["method", "weights"], "metric", sort=False).dropna()
     table = table.reset_index().rename(columns={"method": "step"}).assign(operations=4e11, bytes=5e9)
     assert len(table) > 6
-    assert not faults(steps_panel(table, {"float32": 2e11, "bfloat16": 1e12}, 5e10))
+    assert not faults(steps_panel(table, Roofline({"float32": 2e11, "bfloat16": 1e12}, 5e10)))
 
 
-@pytest.mark.parametrize("page", ["20_paper.ipynb", "31_million.ipynb"])
-def test_pages_that_draw_for_themselves(page, monkeypatch, tmp_path):
-    "The cells of a page that read its results and draw them, without those that measure."
+@pytest.fixture
+def drawn(monkeypatch):
+    "The figures that pages draw from here on."
     import matplotlib.pyplot as plt
 
-    kept = []
-    monkeypatch.setattr("vermouth.images.figure_image", lambda figure, *_: kept.append(figure))
-    monkeypatch.chdir(NBS)
-    code = [c.source for c in cells(page) if c.cell_type == "code"]
-    if page.startswith("31"):
-        measured = pd.read_csv("results/31_million.csv")
-        table = measured.pivot_table("value", ["n", "method"], "metric", sort=False)
-        [drawing] = [source for source in code if "figure_image(" in source and "import" not in source]
-        code = [source for source in code if "import tempfile" in source] + [drawing]
-        space = {"table": table, "limit": int(measured.n.max()), "out_dir": str(tmp_path)}
-    else:
-        space = {}
-        code = [
-            source.replace("tempfile.mkdtemp() if in_test() else out_dir", json.dumps(str(tmp_path))) for source in code
-        ]
-    for source in code:
-        exec(source, space)
+    from vermouth import images
+
+    kept, draw = [], images.figure_image
+
+    def keep(figure, *options):
+        kept.append(figure)
+        return draw(figure, *options)
+
+    monkeypatch.setattr(images, "figure_image", keep)
+    yield kept
     plt.close("all")
-    [figure] = kept
+
+
+def test_the_page_beside_the_paper_shows_what_the_results_files_hold(drawn, monkeypatch):
+    "Its tables are those of the CSV files, and its figure can be read: the whole page runs again."
+    monkeypatch.setenv("IN_TEST", "1")  # the figure goes elsewhere
+    reading = code_cells("20_paper.ipynb")
+    again = run_cells(new_nb([c.source for c in reading]), NBS)
+    assert reading and shown_text(again) == shown_text(reading), (
+        "run nbs/20_paper.ipynb again, then: python -m vermouth.app.docs"
+    )
+    [figure] = drawn
+    assert not faults(figure)
+
+
+def test_the_page_of_a_million_draws_for_itself(drawn, monkeypatch, tmp_path):
+    "The cells of the page that read its results and draw them, without those that measure."
+    monkeypatch.chdir(NBS)
+    code = [c.source for c in code_cells("31_million.ipynb")]
+    measured = pd.read_csv("results/31_million.csv")
+    table = measured.pivot_table("value", ["n", "method"], "metric", sort=False)
+    [drawing] = [source for source in code if "figure_image(" in source and "import" not in source]
+    space = {"table": table, "limit": int(measured.n.max()), "out_dir": str(tmp_path)}
+    for source in [source for source in code if "import tempfile" in source] + [drawing]:
+        exec(source, space)
+    [figure] = drawn
     assert not faults(figure)

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from house import MODULES, imports
 from photo_folders import write_photos
 
 IMPORT_ALONE = """
-import importlib, os, sys, traceback
+import gc, importlib, os, sys, traceback
+gc.disable()  # it would take a quarter of the time, here and in every process below
 others, modules = (line.split() for line in sys.stdin.read().splitlines())
 for name in others:  # what every module waits for: loaded once, before the process splits
     above, _, last = name.rpartition(".")
@@ -32,7 +34,8 @@ for module in modules:
 """
 
 RUN_ALONE = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()
 import vermouth.expert  # torch and timm: loaded once, before the process splits
 from vermouth.app.cli import app
 large = {"diffusers", "open_clip", "transformers", "torch._dynamo", "sympy"}
@@ -58,40 +61,46 @@ def test_every_module_imports_alone():
     assert run.returncode == 0 and not run.stdout, run.stdout + run.stderr[-3000:]
 
 
-def test_commands_without_a_denoiser_import_no_large_library(tmp_path):
+LITE0 = ["--model", "efficientnet_lite0"]
+PLAIN = [  # commands without a denoiser
+    ["index", "photos", "--out", "idx", *LITE0],
+    ["train", "photos", "--out", "mine", "--shots", "2", *LITE0],
+    ["search", "idx", "photos/0/00.png"],
+    ["classify", "photos/0/00.png", "--model", "mine"],
+    *(["check", what] for what in ("photos", "idx", "mine")),
+    ["verify", "idx"],
+    ["info"],
+]
+WORDS = [  # and with CLIP
+    ["index", "photos", "--out", "words", "--model", "clip:toybox"],
+    ["search", "words", "a photo of a duck"],
+    ["classify", "photos/0/00.png", "--names", "cat,duck", "--model", "clip:toybox"],
+]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    "Each command with its exit code and the large libraries that its process has imported, in words."
+    folder = tmp_path_factory.mktemp("commands")
+    write_photos(folder / "photos", 12)
+    given = {"input": json.dumps(PLAIN + WORDS), "cwd": folder, "capture_output": True, "text": True}
+    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("['")]
+    assert run.returncode == 0 and len(lines) == len(PLAIN + WORDS), run.stderr[-3000:]
+    return lines
+
+
+def test_commands_without_a_denoiser_import_no_large_library(ended):
     "Each in a process of its own: what takes seconds to import is for models that need it."
-    write_photos(tmp_path / "photos", 12)
-    lite0 = ["--model", "efficientnet_lite0"]
-    commands = [
-        ["index", "photos", "--out", "idx", *lite0],
-        ["train", "photos", "--out", "mine", "--shots", "2", *lite0],
-        ["search", "idx", "photos/0/00.png"],
-        ["classify", "photos/0/00.png", "--model", "mine"],
-        *(["check", what] for what in ("photos", "idx", "mine")),
-        ["verify", "idx"],
-        ["info"],
-    ]
-    given = {"input": json.dumps(commands), "cwd": tmp_path, "capture_output": True, "text": True}
-    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
-    assert run.returncode == 0, run.stderr[-3000:]
-    ended = [line for line in run.stderr.splitlines() if line.startswith("['") and not line.startswith("['train'")]
-    assert ended == [f"{command} 0 []" for command in commands if command[0] != "train"], run.stderr[-3000:]
+    lines = [line for line in ended[: len(PLAIN)] if not line.startswith("['train'")]
+    assert lines == [f"{command} 0 []" for command in PLAIN if command[0] != "train"]
 
 
-def test_words_need_no_compiler(tmp_path):
+def test_words_need_no_compiler(ended):
     "CLIP is open_clip's, which imports transformers; torch's compiler would take as long again."
-    write_photos(tmp_path / "photos", 4)
-    photo = "photos/0/00.png"
-    commands = [
-        ["index", "photos", "--out", "idx", "--model", "clip:toybox"],
-        ["search", "idx", "a photo of a duck"],
-        ["classify", photo, "--names", "cat,duck", "--model", "clip:toybox"],
-    ]
-    given = {"input": json.dumps(commands), "cwd": tmp_path, "capture_output": True, "text": True}
-    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
-    ended = [line for line in run.stderr.splitlines() if line.startswith("['")]
-    assert run.returncode == 0 and len(ended) == 3, run.stderr[-3000:]
-    assert not [line for line in ended if "torch._dynamo" in line or "diffusers" in line], ended
+    lines = ended[len(PLAIN) :]
+    assert [line.partition("]")[0] for line in lines] == [str(command).rstrip("]") for command in WORDS]
+    assert not [line for line in lines if "torch._dynamo" in line or "diffusers" in line], lines
 
 
 def test_importing_the_package_is_quick():

@@ -124,7 +124,7 @@ def test_a_page_runs_by_the_published_protocol_and_says_so(page, tmp_path):
 def test_both_released_states_of_segmentation_run_on_toybox(name, tmp_path):
     settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     toys = {"model": "toybox", "captioner": "toybox", "dataset": "toybox", "device": "cpu", "dtype": "float32"}
-    toys |= {"expert": settings["expert"] and "toybox", "shots": 1, "epochs": 1, "limit": 2}
+    toys |= {"expert": settings["expert"] and "toybox", "networks": [], "shots": 1, "epochs": 1, "limit": 2}
     rows = page_rows("12_segmentation.ipynb", tmp_path, **settings | toys)
     expected = f"t={settings['timesteps'][0]} " + (f".*decoder={settings['decoder']} " if "decoder" in settings else "")
     assert rows.setting.str.contains(expected).all() and rows.value.between(0, 1).all()

@@ -2,11 +2,11 @@
 
 import re
 
-import nbformat
 import pytest
 from conftest import ROOT
+from execnb.nbio import new_nb
 from house import MODULES, NBS, code_cells, markdown
-from nbclient import NotebookClient
+from page_runs import run_cells, shown_text
 
 
 def test_readme_is_made_from_the_front_page():
@@ -32,21 +32,13 @@ def test_the_api_page_has_every_module_with_public_names():
         assert set(re.findall(r"^## \[(vermouth[\w.]+)\]", text, re.M)) == public
 
 
-@pytest.mark.parametrize("page", ["index.ipynb", "scale.ipynb", "20_paper.ipynb"])
+@pytest.mark.parametrize("page", ["index.ipynb", "scale.ipynb"])
 def test_tables_made_of_results_files_equal_them(page, monkeypatch):
-    "The cells that read results run again; what they show must be what the page shows."
+    "The cells that read results run again; what they show must be what the page shows (20_paper: in test_figures)."
     monkeypatch.setenv("IN_TEST", "1")  # figures go elsewhere
     reading = [c for c in code_cells(page) if page != "index.ipynb" or "results" in c.source]
-    again = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in reading])
-    NotebookClient(again, timeout=600, startup_timeout=600, resources={"metadata": {"path": str(NBS)}}).execute()
-
-    def shown(cs):
-        "What is text: figures may differ in a pixel."
-        outputs = [o for c in cs for o in c.outputs if o.get("name") != "stderr"]
-        data = [o.get("data", {"text/plain": o.get("text")}) for o in outputs]
-        return [{k: v for k, v in kinds.items() if k.startswith("text/")} for kinds in data]
-
-    assert reading and shown(again.cells) == shown(reading), (
+    again = run_cells(new_nb([c.source for c in reading]), NBS)
+    assert reading and shown_text(again) == shown_text(reading), (
         f"run nbs/{page} again, then: python -m vermouth.app.docs"
     )
 
