@@ -207,7 +207,9 @@ def _encode(
     images: Tensor,  # (B,3,H,W) in [-1,1]
 ) -> Tensor:         # (B,C,h,w)
     "Return latents in the denoiser's scale: the posterior's mean, shifted and scaled."
-    images = images.to(self.device, self.dtype)
+    if images.device.type == "cpu" and self.device.type == "cuda":
+        images = images.pin_memory()  # or the driver copies them a second time
+    images = images.to(self.device).to(self.dtype)
     with frozen(self.device):
         if images.shape[-2] * images.shape[-1] <= LARGE:
             return self.family.scale_latents(self.vae.encode(images).latent_dist.mean)
@@ -639,12 +641,14 @@ def random_backbone(
     seed: int = 0,                             # of the weights
     width: int = 1,                            # divides all channels: 1, 2, 4 or 8
 ) -> Backbone:
-    "A backbone of a published size with random weights, for measurements. Raises VermouthError for unknown sizes."
+    """A backbone of a published size with random weights, for measurements. They are drawn on the device, where a
+    large model would take a processor minutes. Raises VermouthError for unknown sizes."""
     if width not in (1, 2, 4, 8):  # which leave whole groups of channels
         raise VermouthError(f"width={width!r}: channels are divided by 1, 2, 4, 8. Pass one of these.")
-    with torch.random.fork_rng(devices=[]):
+    where = pick_device(device or "cpu")
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
-        parts = random_parts(family_of(size), size, width)
+        parts = random_parts(family_of(size), size, width, str(where))
     return Backbone.from_components(**parts, device=device, dtype=dtype, name=f"stand-in for {size}")
 
 # %% ../nbs/library/10_backbone.ipynb #c3fa72bd
@@ -665,11 +669,12 @@ def fuse_projections(self: Backbone) -> None:
 @patch
 def compile_blocks(
     self: Backbone,
-    **options: Any,  # of `torch.compile`: mode="reduce-overhead" for CUDA graphs
+    **options: Any,  # of `torch.compile`, as backend
 ) -> None:
-    "Compile residual and transformer blocks one by one, at their first pass."
+    "Compile residual and transformer blocks of VAE encoder and denoiser one by one, at their first pass."
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # many shapes of weights
-    for part in self.family.blocks():
+    stages = *self.vae.encoder.down_blocks, self.vae.encoder.mid_block
+    for part in [*self.family.blocks(), *(resnet for stage in stages for resnet in stage.resnets)]:
         part.compile(dynamic=False, **options)
 
 # %% ../nbs/library/10_backbone.ipynb #0d3b2e06
@@ -704,7 +709,8 @@ def optimize(
 ) -> Backbone:              # itself
     "Make this backbone faster on this machine; its features stay as they were up to rounding."
     keep_freed_memory()
-    if self.family.width >= 256:  # with fewer, reordering costs more than it saves
+    # with fewer channels reordering costs more than it saves, and so does normalising in that order on a GPU
+    if self.family.width >= 256 and (compile or self.device.type != "cuda"):
         self.channels_last()
     if compile:
         self.compile_blocks()

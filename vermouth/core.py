@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -136,6 +137,24 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/library/00_core.ipynb #a3f7c2d9
+@contextmanager
+def deterministic(
+    device: torch.device,  # that trains
+) -> Iterator[None]:
+    "Take algorithms that give the same bits each time; on a GPU there are faster ones."
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*deterministic")  # where there is no such algorithm
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 # %% ../nbs/library/00_core.ipynb #c118a3b3
 def in_test() -> bool:

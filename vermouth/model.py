@@ -94,7 +94,7 @@ def _adapters_for(
     # the finest level has one place per latent
     times = settings.times
     strides = [backbone.factor << scale for scale in backbone.family.table.scales[: len(dims) // times]]
-    adapters = Adapters(expert, dims, strides, protocol, normalise, times)
+    adapters = Adapters(expert, dims, strides, protocol, normalise, times).to(backbone.device)
     return adapters, adapters.joined_dims
 
 # %% ../nbs/library/11_model.ipynb #c20ac52d

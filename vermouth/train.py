@@ -27,9 +27,10 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import chunked
 from torch import Tensor, nn
 
-from .core import VermouthError, check_finite, choose, seed_everything, spent_on, write_atomic
+from .core import VermouthError, check_finite, choose, deterministic, seed_everything, spent_on, write_atomic
 from .model import Vermouth
 from .uhead import class_logits, pooled_maps
 
@@ -88,6 +89,20 @@ class TensorFeatures:
 def in_memory(features: Sequence[Tensor] | Features) -> Features:
     "Return a list of maps (N,C,h,w) behind the interface of a store, and a store as it is."
     return features if isinstance(features, Features) else TensorFeatures(features)
+
+# %% ../nbs/library/13_train.ipynb #d5b08e6f
+def on_device(features: Features, device: torch.device) -> Features:
+    "Return features as they are, or in a GPU's memory where half of what is free holds them all."
+    if device.type != "cuda" or not len(features):
+        return features
+    first = features.batch([0])
+    if len(features) * sum(m.nbytes for m in first) > torch.cuda.mem_get_info(device)[0] / 2:
+        return features
+    maps = [torch.empty(len(features), *m.shape[1:], dtype=m.dtype, device=device) for m in first]
+    for rows in chunked(range(len(features)), 64):
+        for level, m in zip(maps, features.batch(rows), strict=True):
+            level[rows[0] : rows[-1] + 1] = m
+    return TensorFeatures(maps)
 
 # %% ../nbs/library/13_train.ipynb #49fbd551
 class LevelSubset:
@@ -298,16 +313,16 @@ def train_head(
     features, targets = in_memory(features), targets if isinstance(targets, Targets) else torch.as_tensor(targets)
     _check_run(len(features), len(targets), epochs, held)
     seed_everything(seed)
+    features = on_device(features, classes.device)
     dls = _loaders(features, targets, groups, batch_size, held, seed, classes.device, sizes)
     learn = Learner(
         dls, NameClassifier(head, classes, scale, temperature).to(classes.device),
         loss_func=_finite(loss or nn.CrossEntropyLoss()),
-        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), wd=weight_decay,
         metrics=accuracy if targets.ndim == 1 else None,
         cbs=_callbacks(len(dls[1].index) > 0, clip, schedule, lr),
-        wd=weight_decay,
     )
-    with learn.no_logging(), learn.no_bar() if quiet else contextlib.nullcontext():
+    with learn.no_logging(), learn.no_bar() if quiet else contextlib.nullcontext(), deterministic(classes.device):
         learn.fit(epochs, lr)
     head.eval()
     return _history(learn, log)

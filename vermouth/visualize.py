@@ -50,6 +50,7 @@ def grid(
             if isinstance(picture, tuple):
                 picture, title = picture
                 ax.set_title(printable(title, keep="\n"), fontsize=9, pad=3, parse_math=False)
+            picture = picture.detach().cpu() if isinstance(picture, Tensor) else picture
             if picture is not None:
                 ax.imshow(picture, cmap="cividis", interpolation="nearest")
     for ax, title in zip(axs[0], top):
@@ -165,7 +166,7 @@ def highlight(
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> np.ndarray:              # (H,W,3) in [0,1]
     "The image, dark where the map is low."
-    pixels = image_tensor(image, size, value_range) / 2 + 0.5
+    pixels, heat = image_tensor(image, size, value_range).cpu() / 2 + 0.5, heat.cpu()
     low, high = heat.min(), heat.max()
     light = (heat - low) / (high - low).clamp(min=1e-8)
     light = F.interpolate(light[None, None].float(), pixels.shape[-2:], mode="bilinear")[0]
@@ -209,7 +210,7 @@ def tint(
     value_range: ValueRange | None = None,  # of tensors, as for `images.image_batch`
 ) -> np.ndarray:          # (H,W,3) uint8
     "An image in the colours of its labels. Raises VermouthError for labels of another size."
-    pixels = ((image_tensor(image, None, value_range) + 1) * 127.5).permute(1, 2, 0).numpy()
+    pixels = ((image_tensor(image, None, value_range) + 1) * 127.5).permute(1, 2, 0).cpu().numpy()
     if pixels.shape[:2] != labels.shape:
         raise VermouthError(
             f"labels: shape {labels.shape} for an image of {pixels.shape[0]}×{pixels.shape[1]} pixels. "

@@ -139,7 +139,8 @@ def _header(
         f"papermill nbs/{PAGES[task]}.ipynb out.ipynb -f configs/{name}.yaml -p root FOLDER",
         f"{passes:,} passes for one method, each image{'' if stored else ' or view'} once at {_SIDE[task]} px. "
         f"GPU hours = passes / (3600 x images per second): {took}.",
-        "Images per second: not measured on a GPU. Baselines with passes of their own come on top, and captions.",
+        "Images per second on a GPU: nbs/30_benchmark.ipynb. "
+        "Baselines with passes of their own come on top, and captions.",
         f"Disk for kept features: at most {stored * size / 1e9:,.0f} GB = {stored:,} images x "
         f"{size / 1e6:.2f} MB (half precision)."
         if stored

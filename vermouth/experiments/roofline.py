@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vermouth.backbone import Backbone, random_backbone
-from vermouth.core import keep_freed_memory, out_of_memory, pick_device
+from vermouth.core import DTYPES, keep_freed_memory, out_of_memory, pick_device
 from vermouth.experiments.bench import (
     best_seconds,
     elapsed_seconds,
@@ -96,6 +96,20 @@ def memory_rate(
     b = torch.empty_like(a)
     return 2 * a.nbytes / best_seconds(lambda: b.copy_(a), 5, device)
 
+
+# %% ../../nbs/experiments/05_roofline.ipynb #b7e10f5a
+class Roofline(NamedTuple):
+    "What a machine reaches at most."
+
+    rates: dict[str, float]  # operations per second of a matrix product, by type
+    bandwidth: float         # bytes per second of a copy
+
+
+def machine_roofline(device: torch.device) -> Roofline:
+    "Measure a machine, in float32 and in bfloat16."
+    rates = {name: matrix_rate(device, DTYPES[name]) for name in ("float32", "bfloat16")}
+    return Roofline(rates, memory_rate(device))
+
 # %% ../../nbs/experiments/05_roofline.ipynb #f85669d7
 def _predicted(
     operations: list[Operation],
@@ -148,9 +162,8 @@ STEPS = (
 )
 
 # %% ../../nbs/experiments/05_roofline.ipynb #e965214d
-# steps that take minutes to prepare
+# takes minutes to prepare
 COMPILED = Step("compiled parts", change=lambda bb: bb.compile_blocks(), counted=False)
-GRAPHS = Step("CUDA graphs", change=lambda bb: bb.compile_blocks(mode="reduce-overhead"), counted=False)
 
 # %% ../../nbs/experiments/05_roofline.ipynb #d95d2d7f
 def _difference(
@@ -168,13 +181,14 @@ def waterfall(
     batch: int = 8,         # images at a time, for the batched steps
     steps: Sequence[Step] = STEPS,  # in this order
     repeats: int = 3,       # of each measurement; the fastest counts
-    plain_batch: int = 1,   # images at a time in the other steps
+    plain_batch: int = 1,   # images at a time in the other steps, the first of the batch
     seed: int = 0,          # of the inputs
+    roofline: Roofline | None = None,  # of the machine; None measures it
 ) -> list[dict[str, Any]]:  # one row per step; numbers per image, but for `lines`, the operations of a pass
     "Take the steps one after the other, and measure each."
-    limits = {dtype: matrix_rate(bb.device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    bandwidth = memory_rate(bb.device)
-    few, many = (random_inputs(bb, side, n, seed) for n in (plain_batch, batch))
+    rates, bandwidth = roofline or machine_roofline(bb.device)
+    many = random_inputs(bb, side, batch, seed)
+    few = many[0][:plain_batch], many[1][:plain_batch]
     plain, rows = released_way(bb, *few, passes=1), []
     operations: list[Operation] = []
     for step in steps:
@@ -182,11 +196,14 @@ def waterfall(
         n, work = (batch, partial(step.way, bb, *many)) if step.batched else (plain_batch, partial(step.way, bb, *few))
         first, seconds = elapsed_seconds(work, bb.device), best_seconds(work, repeats, bb.device)
         operations = record_operations(work, bb.device) if step.counted else operations
-        count, limit = sum(operation.count for operation in operations), limits[bb.dtype]
-        row = {"step": step.name, "weights": str(bb.dtype).removeprefix("torch."), "batch": n}
+        weights = str(bb.dtype).removeprefix("torch.")
+        count, limit = sum(operation.count for operation in operations), rates[weights]
+        row = {"step": step.name, "weights": weights, "batch": n}
         row |= {"seconds": seconds / n, "predicted": _predicted(operations, limit, bandwidth) / n}
         row |= {"operations": count / n, "bytes": sum(operation.moved for operation in operations) / n}
-        row |= {"share": count / seconds / limit, "difference": _difference(step.way(bb, *few), plain)}
+        # of the same shape, since what is compiled is compiled for a shape
+        found = [m[:plain_batch] for m in work()]
+        row |= {"share": count / seconds / limit, "difference": _difference(found, plain)}
         rows.append(row | {"first_s": first, "lines": operations})
     return rows
 
@@ -232,12 +249,12 @@ def _draw_steps(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xlabel="seconds per image")
 
 # %% ../../nbs/experiments/05_roofline.ipynb #d0e7efca
-def _draw_roofs(ax: Axes, table: pd.DataFrame, rates: dict[str, float], bandwidth: float) -> None:
+def _draw_roofs(ax: Axes, table: pd.DataFrame, roofline: Roofline) -> None:
     "The roofline of each precision and the steps below it, named at the right."
     intensity = np.logspace(0, 3.2, 50)
     points, names, colours = [], [], []
     for weights, colour in _ROOF_COLOURS.items():
-        roof = (intensity * bandwidth).clip(max=rates[weights]) / 1e9
+        roof = (intensity * roofline.bandwidth).clip(max=roofline.rates[weights]) / 1e9
         ax.plot(intensity, roof, color=colour)
         points.append((intensity[-1], roof[-1]))
         names.append(f"roof, {weights}")
@@ -253,9 +270,8 @@ def _draw_roofs(ax: Axes, table: pd.DataFrame, rates: dict[str, float], bandwidt
 
 # %% ../../nbs/experiments/05_roofline.ipynb #55f6e98c
 def steps_panel(
-    table: pd.DataFrame,      # from `waterfall`
-    rates: dict[str, float],  # of float32 and bfloat16, operations per second
-    bandwidth: float,         # bytes per second
+    table: pd.DataFrame,  # from `waterfall`
+    roofline: Roofline,   # of the machine that it was measured on
 ) -> Figure:
     "Draw measured and predicted seconds of each step, and the steps under the rooflines."
     fig = Figure(figsize=(7.9, 4.2), layout="constrained")
@@ -263,5 +279,5 @@ def steps_panel(
     _draw_steps(left, table)
     handles, names = left.get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
-    _draw_roofs(right, table, rates, bandwidth)
+    _draw_roofs(right, table, roofline)
     return fig

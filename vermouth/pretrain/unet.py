@@ -199,7 +199,8 @@ def train_unet_on_device(
     device: str = "cuda",
 ) -> UNet2DConditionModel:  # in float32
     "Train on images that other processes render meanwhile. What was drawn depends on how fast they are."
-    noise, shares = DDIMScheduler(**NOISE_CONFIG), {s.steps // part: part for part in (8, 4, 2)}
+    noise, shares, logs = DDIMScheduler(**NOISE_CONFIG), {s.steps // part: part for part in (8, 4, 2)}, Path(logs)
+    logs.mkdir(parents=True, exist_ok=True)
     noise.alphas_cumprod = noise.alphas_cumprod.to(device)
     pool = LatentPool(FrozenParts.load(out, device), count + 500, captions, torch.device(device))
     with RenderAhead(count, workers) as ahead:

@@ -74,7 +74,7 @@ def join_levels(
 ) -> Tensor:                                 # (B,ΣC,h,w)
     "Return maps side by side at one resolution, each of length 1 at every place."
     grid = grid or max((m.shape[2], m.shape[3]) for m in maps)
-    return torch.cat([F.normalize(resize_maps(m.float(), grid), dim=1) for m in maps], 1)
+    return torch.cat([F.normalize(resize_maps(m.to(maps[0].device).float(), grid), dim=1) for m in maps], 1)
 
 # %% ../../nbs/tasks/03_correspondence.ipynb #b4def156
 Reader = Callable[[Sequence[Image.Image]], Tensor]  # B images → (B,C,h,w) features
