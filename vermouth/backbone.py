@@ -671,10 +671,11 @@ def compile_blocks(
     self: Backbone,
     **options: Any,  # of `torch.compile`, as backend
 ) -> None:
-    "Compile residual and transformer blocks of VAE encoder and denoiser one by one, at their first pass."
+    "Compile residual and transformer blocks one by one, at their first pass; those of the VAE's encoder on a GPU only."
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # many shapes of weights
     stages = *self.vae.encoder.down_blocks, self.vae.encoder.mid_block
-    for part in [*self.family.blocks(), *(resnet for stage in stages for resnet in stage.resnets)]:
+    of_vae = [resnet for stage in stages for resnet in stage.resnets] if self.device.type == "cuda" else []
+    for part in [*self.family.blocks(), *of_vae]:
         part.compile(dynamic=False, **options)
 
 # %% ../nbs/library/10_backbone.ipynb #0d3b2e06
