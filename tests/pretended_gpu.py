@@ -49,16 +49,12 @@ class PretendedGpu(TorchFunctionMode):
         elif isinstance(device, torch.dtype):
             device, options = None, options | {"dtype": device}
         options |= {"dtype": more[0]} if more and isinstance(more[0], torch.dtype) else {}
-        here, there = self.has(x), None if device is None else torch.device(device).type == "cuda"
-        if there is None and "meta" not in str(device):
-            there = here
         options.pop("non_blocking", None)
-        y = x.to(device, **options) if str(device).startswith("meta") else x.to(**options) if options else x
-        if there == here and y is not x:
-            return self.put(y) if there else y
-        if there == here:
-            return y
-        y = y.clone() if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else y
+        here = self.has(x)
+        there = here if device is None else torch.device(device).type == "cuda"
+        options |= {"device": device} if device is not None and torch.device(device).type == "meta" else {}
+        y = x.to(**options) if options else x
+        y = y.clone() if y is x and there != here else y
         return self.put(y) if there else y
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

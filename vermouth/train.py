@@ -96,7 +96,8 @@ def on_device(features: Features, device: torch.device) -> Features:
     if device.type != "cuda" or not len(features):
         return features
     first = features.batch([0])
-    if len(features) * sum(m.nbytes for m in first) > torch.cuda.mem_get_info(device)[0] / 2:
+    size = len(features) * sum(m.nbytes for m in first)
+    if first[0].device == device or size > torch.cuda.mem_get_info(device)[0] / 2:
         return features
     maps = [torch.empty(len(features), *m.shape[1:], dtype=m.dtype, device=device) for m in first]
     for rows in chunked(range(len(features)), 64):
