@@ -15,14 +15,8 @@ from vermouth.expert import load_expert
 from vermouth.text import load_clip
 from vermouth.train import train_head
 from vermouth.uhead import UHead
-from vermouth.zoo.embedders import (
-    ClipEmbedder,
-    ExpertEmbedder,
-    LinearClassifier,
-    PyramidEmbedder,
-    fit_linear,
-    fit_whitening,
-)
+from vermouth.zoo.embedders import ClipEmbedder, ExpertEmbedder, PyramidEmbedder
+from vermouth.zoo.linear import LinearClassifier, fit_linear, fit_whitening
 
 PARTS = {
     "pyramid": lambda: PyramidEmbedder(load_backbone("toybox", "cpu")),

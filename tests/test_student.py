@@ -18,7 +18,7 @@ from vermouth.core import VermouthError
 from vermouth.data.toybox import Toybox
 from vermouth.model import open_model
 from vermouth.pretrain.common import family_folder
-from vermouth.zoo.embedders import student_of
+from vermouth.zoo.distilled import student_of
 
 DATA = os.environ.get("VERMOUTH_DATA", "")
 SHIPPED = family_folder() / "student"

@@ -28,17 +28,10 @@ from .core import VermouthError, check_finite, choose, evaluating, frozen, in_ba
 from .expert import Adapters, Expert, clip_expert, load_expert
 from .hooks import place_names
 from .images import ImageLike, Images, ValueRange, image_batch, image_list, image_tensor, is_single, resize
-from vermouth.zoo.embedders import (
-    Embedder,
-    Fit,
-    PyramidEmbedder,
-    drawn_only,
-    find_model,
-    labelled,
-    load_linear,
-    offline,
-    open_embedder,
-)
+from .zoo.embedders import Embedder, PyramidEmbedder
+from .zoo.linear import load_linear
+from .zoo.opening import find_model, labelled, offline, open_embedder
+from .zoo.student import Fit, drawn_only
 
 # %% ../nbs/library/11_model.ipynb #983e2432
 from .seghead import DenseHead, label_map, window_starts

@@ -18,7 +18,8 @@ from vermouth.core import VermouthError
 from vermouth.data import arrow
 from vermouth.model import open_model
 from vermouth.store import extract
-from vermouth.zoo.embedders import ExpertEmbedder, LinearClassifier, fit_linear
+from vermouth.zoo.embedders import ExpertEmbedder
+from vermouth.zoo.linear import LinearClassifier, fit_linear
 
 
 @pytest.mark.parametrize(

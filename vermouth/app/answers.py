@@ -17,7 +17,8 @@ from PIL import Image
 from .files import over_images
 from ..core import VermouthError, write_atomic
 from ..images import read_image, small_copy
-from ..zoo.embedders import Embedder, rejection_threshold
+from ..zoo.embedders import Embedder
+from ..zoo.linear import rejection_threshold
 from ..zoo.training import doubt
 
 # %% ../../nbs/app/14_answers.ipynb #5c1d77e1

@@ -97,7 +97,7 @@ _VERBS = {"classify": "classify PHOTOS", "segment": "segment PHOTO --out MASK.pn
 
 # %% ../../nbs/app/10_check.ipynb #7f076965
 def _model(path: Path) -> Found:
-    from vermouth.zoo.embedders import open_embedder
+    from vermouth.zoo.opening import open_embedder
 
     model: Any = open_embedder(path, "cpu")
     if model is None:

@@ -225,7 +225,8 @@ def _load_model(
     fast: bool = False,
 ) -> Any:
     "The model of --model with its overlay, or its student; with words, for auto, one that knows words."
-    from vermouth.zoo.embedders import check_overlay, open_embedder, student_of
+    from vermouth.zoo.distilled import student_of
+    from vermouth.zoo.opening import check_overlay, open_embedder
 
     allow = [*_ALLOWED, "hub"] if fetch else _ALLOWED
     if fast:

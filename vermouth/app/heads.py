@@ -28,7 +28,9 @@ from ..core import VermouthError, read_file, write_atomic
 from ..data.items import Item
 from ..images import read_bytes
 from ..metrics import accuracy
-from ..zoo.embedders import Embedder, PyramidEmbedder, Student, fit_linear
+from ..zoo.distilled import Student
+from ..zoo.embedders import Embedder, PyramidEmbedder
+from ..zoo.linear import fit_linear
 
 # %% ../../nbs/app/17_heads.ipynb #60a906f0
 if TYPE_CHECKING:

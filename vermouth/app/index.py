@@ -20,7 +20,7 @@ from .database import read_rows, read_settings
 from .embedding import Found, SearchModel, embed_photos
 from .files import Photo, photos_below
 from ..core import VermouthError, job_share, local_folder
-from ..zoo.embedders import student_of
+from ..zoo.distilled import student_of
 from ..zoo.plus import for_search
 
 # %% ../../nbs/app/01_index.ipynb #5cd08713
@@ -84,7 +84,7 @@ def own_model(
     dtype: str | torch.dtype = "float32",      # of a frozen backbone
 ) -> Any:
     "Open the model that made the index. Raises VermouthError if its weights are not on this machine."
-    from vermouth.zoo.embedders import offline, open_embedder
+    from vermouth.zoo.opening import offline, open_embedder
 
     source, overlay = self.settings.get("source", ""), self.settings.get("overlay", {})
     names = [source, *overlay.get("lora", ()), overlay.get("unet", "")]

@@ -40,7 +40,8 @@ from ..data.items import few_shots
 from ..data.sbir import SketchSplit, load_sbir
 from ..data.segmentation import MaskSplit, few_masks, load_segmentation
 from ..metrics import accuracy, chance_average_precision, class_iou, confusion, mean_of_ious, retrieval_metrics
-from ..zoo.embedders import Embedder, LinearClassifier, PyramidEmbedder, fit_linear, fit_whitening
+from ..zoo.embedders import Embedder, PyramidEmbedder
+from ..zoo.linear import LinearClassifier, fit_linear, fit_whitening
 from ..zoo.saving import training_card
 
 # %% ../../nbs/app/11_train.ipynb #5c1d77e0

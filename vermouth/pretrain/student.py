@@ -21,9 +21,10 @@ from tqdm import tqdm
 from ..core import VermouthError, write_atomic
 from ..images import Images, image_batch, image_list
 from .common import Schedule, fit
-from ..zoo.embedders import ClipEmbedder, Student, fit_statistics
+from ..zoo.distilled import Student
+from ..zoo.embedders import ClipEmbedder
 from ..zoo.saving import CARD, OLD_LOGITS, read_card
-from ..zoo.student import StudentNet, fused
+from ..zoo.student import StudentNet, fit_statistics, fused
 
 # %% ../../nbs/pretrain/08_student.ipynb #8c55444d
 _PART = 256  # images: what a crash can cost

@@ -74,7 +74,7 @@ _UHEAD = {
 _LINEAR = {
     "format": int,
     "kind": str,
-    "features": dict,  # what `vermouth.zoo.embedders` makes the embedder from again
+    "features": dict,  # what `vermouth.zoo.linear` makes the embedder from again
     "training": _TRAINING,
     "weights": str,
 }

@@ -8,11 +8,17 @@ __all__ = []
 # %% ../../nbs/zoo/02_student.ipynb #8eba2e89
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ..core import VermouthError
+from ..core import VermouthError, frozen
+from .saving import CARD, check_state, folder_error, read_card, read_state
 
 # %% ../../nbs/zoo/02_student.ipynb #e28edebb
 def _conv(
@@ -111,3 +117,115 @@ def unpacked(
         if key + SCALE in state:
             values[key] = (value.flatten(1) * state[key + SCALE].float()[:, None]).view(value.shape)
     return values
+
+# %% ../../nbs/zoo/02_student.ipynb #7c3b6a5b
+class Fit:
+    "Statistics of the pictures that a model knows."
+
+    def __init__(
+        self,
+        mean: Tensor,   # (C,) of the pooled pyramid
+        basis: Tensor,  # (C,C), which makes its covariance the unit matrix
+        limit: float,   # squared distance
+    ):
+        self.mean, self.basis, self.limit = mean, basis, limit
+
+    def distance(
+        self,
+        pooled: Tensor,  # (B,C)
+    ) -> Tensor:         # (B,), 1 at the limit
+        "Return squared Mahalanobis distances as shares of the limit."
+        return ((pooled.float().cpu() - self.mean) @ self.basis).square().sum(1) / self.limit
+
+    def state(self) -> dict[str, Tensor]:
+        "Return the tensors to keep, in half precision."
+        limit = torch.tensor([self.limit])
+        return {"mean": self.mean.half(), "basis": self.basis.half().contiguous(), "limit": limit.half()}
+
+# %% ../../nbs/zoo/02_student.ipynb #d8f1b052
+def fit_statistics(
+    pooled: Tensor,      # (N,C) of pictures that the model knows
+    fresh: Tensor,       # (M,C) of others of the same kind
+    share: float = 0.99, # of the fresh ones that lie inside
+    ridge: float = 1e-3, # least variance along any axis, as a share of the mean
+) -> Fit:
+    "Return the statistics of pooled pyramids."
+    mean = pooled.double().mean(0)
+    values, axes = torch.linalg.eigh(torch.cov(pooled.double().T))
+    basis = axes / values.clamp_min(ridge * values.mean()).sqrt()
+    fit = Fit(mean.float().half().float(), basis.float().half().float(), 1.0)  # as they are kept
+    fit.limit = float(fit.distance(fresh).quantile(share))
+    return fit
+
+# %% ../../nbs/zoo/02_student.ipynb #manynarr
+MANY = 8, 0.8  # pictures of a sample whose median is measured by a narrower limit, and that limit
+
+# %% ../../nbs/zoo/02_student.ipynb #7bb63c6d
+def are_known(
+    net: StudentNet,
+    fit: Fit,        # of the means of all levels but the last
+    pixels: Tensor,  # (B,3,H,W) in [-1,1]
+) -> bool:
+    "Whether pictures are like those that a student was trained on; those of one colour say nothing."
+    detailed = pixels[pixels.std((2, 3)).amax(1) > 0.02]
+    most = 1 if len(detailed) < MANY[0] else MANY[1]
+    with frozen(pixels.device):
+        means = torch.cat(net.pooled(detailed)[:-1], 1)
+    return not len(detailed) or bool(fit.distance(means).median() <= most)
+
+# %% ../../nbs/zoo/02_student.ipynb #readstud
+SIDES = (8, 1024)  # least and most pixels of a student's images
+
+
+def read_student(
+    folder: Path,
+    card: dict[str, Any],  # from `read_card`
+) -> tuple[StudentNet, Fit]:  # frozen; statistics of the means of all its levels but the last
+    "Return what a student's folder holds. Raises VermouthError if files are missing, damaged, or do not fit."
+    if not SIDES[0] <= card["size"] <= SIDES[1]:
+        raise folder_error(folder, f"size is {card['size']}, not {SIDES[0]} to {SIDES[1]}. Save the model again.")
+    state = read_state(folder, card)
+    with torch.device("meta"):
+        try:
+            want = {f"net.{key}": value for key, value in StudentNet(card["widths"], card["dim"]).state_dict().items()}
+        except VermouthError as error:
+            raise folder_error(folder, f"its network cannot be built: {error}") from error
+    c = sum(card["widths"][:-1])
+    shapes = {key: tuple(value.shape) for key, value in want.items()}
+    shapes |= {"fit.mean": (c,), "fit.basis": (c, c), "fit.limit": (1,)}
+    shapes |= {key + SCALE: shape[:1] for key, shape in shapes.items() if len(shape) > 1}
+    check_state(folder, state, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    state, net = unpacked(state), StudentNet(card["widths"], card["dim"])
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items() if key in want})
+    fit = Fit(state["fit.mean"], state["fit.basis"], float(state["fit.limit"]))
+    return net.requires_grad_(False), fit
+
+# %% ../../nbs/zoo/02_student.ipynb #0c378f5a
+SHIPPED_STUDENT = "toybox/student"
+
+
+def student_folder(
+    name: str,  # of a model, as for `vermouth.model.open_model`
+) -> Path | None:
+    "The folder of a model's student, or of a student itself; None where there is none."
+    if name in ("toybox", SHIPPED_STUDENT):
+        return Path(str(files("vermouth") / "toybox" / "student"))
+    for folder in (Path(name), Path(name) / "student"):
+        if (folder / CARD).is_file() and read_card(folder)["kind"] == "student":
+            return folder
+    return None
+
+# %% ../../nbs/zoo/02_student.ipynb #d490bd43
+def drawn_only(name: str) -> str:
+    "What is said of photographs that come to a model of the Toybox."
+    return (
+        f"model: {name} knows drawn pictures only; photographs will match at random. "
+        "Use --model efficientnet_lite0, a Stable Diffusion, clip:NAME or a model that you have trained."
+    )
+
+# %% ../../nbs/zoo/02_student.ipynb #bb56ebb9
+@cache
+def drawn_world() -> tuple[StudentNet, Fit, int]:  # and the side of its images in pixels
+    "Return the network of Toybox's student and the statistics of drawn pictures."
+    folder = student_folder("toybox") or Path()
+    return *read_student(folder, card := read_card(folder)), card["size"]
