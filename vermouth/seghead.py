@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import PROTOCOLS, VermouthError, choose, resize_maps
-from .uhead import GROUPS, check_maps, class_logits, conv_block
+from .uhead import GROUPS, check_maps, conv_block, scaled_cosines, unit_vectors
 
 # %% ../nbs/library/06_seghead.ipynb #48e1c7e5
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ def blend_windows(
     canvas: tuple[int, int],             # of the image that they were cut from
 ) -> Tensor:                             # (K,*canvas)
     "Return the logits of windows, averaged where they overlap."
+    if len(logits) == 1 and tuple(window) == tuple(canvas):
+        return resize_maps(logits, window)[0]
     total, count = logits.new_zeros(logits.shape[1], *canvas), logits.new_zeros(canvas)
     for each, (top, left) in zip(logits, corners):
         region = (..., slice(top, top + window[0]), slice(left, left + window[1]))
@@ -199,9 +201,10 @@ def label_map(
     "Return the class of each pixel, of equal scores the first. Raises VermouthError for a chunk below 1."
     if chunk < 1:
         raise VermouthError(f"chunk={chunk}: at least one class at a time.")
+    vectors, names = unit_vectors(pixels, classes)
     best, labels = pixels.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.int32, device=pixels.device)
     for first in range(0, len(classes), chunk):
-        scores = blend_windows(class_logits(pixels, classes[first : first + chunk]), corners, window, canvas)
+        scores = blend_windows(scaled_cosines(vectors, names[first : first + chunk]), corners, window, canvas)
         highest, index = resize_maps(scores[None], size)[0].max(0)
         better = highest > best
         labels[better], best = index[better].int() + first, torch.where(better, highest, best)

@@ -318,6 +318,29 @@ class Skip(nn.Linear):
     ) -> Tensor:                 # (B,D), not normalised
         return super().forward(pooled_maps(maps).to(self.weight))
 
+# %% ../nbs/library/05_uhead.ipynb #unitvect
+def unit_vectors(
+    features: Tensor,          # (B,D), or (B,D,h,w) for one vector per position
+    class_embeddings: Tensor,  # (K,D)
+) -> tuple[Tensor, Tensor]:    # (B,D) or (B,h,w,D); (K,D)
+    "Return vectors and class names, of length 1 and of one type. Raises VermouthError for another D."
+    if features.shape[1] != class_embeddings.shape[-1]:
+        raise VermouthError(
+            f"class_embeddings: {class_embeddings.shape[-1]} numbers each, features {features.shape[1]}. "
+            "Use the CLIP that the head was built for."
+        )
+    return F.normalize(features.movedim(1, -1), dim=-1), F.normalize(class_embeddings.to(features), dim=-1)
+
+# %% ../nbs/library/05_uhead.ipynb #scalcosi
+def scaled_cosines(
+    vectors: Tensor,  # (B,D) or (B,h,w,D), of length 1
+    names: Tensor,    # (K,D), of length 1
+    scale: float = 4.6052,
+    temperature: float = 0.2,
+) -> Tensor:          # (B,K) or (B,K,h,w)
+    "Return cosines times the scale, divided by the temperature."
+    return (scale * (vectors @ names.T) / temperature).movedim(-1, 1)
+
 # %% ../nbs/library/05_uhead.ipynb #ae29fff3
 def class_logits(
     features: Tensor,          # (B,D), or (B,D,h,w) for one vector per position
@@ -328,14 +351,7 @@ def class_logits(
     "Return scaled cosines of vectors with class names. Raises VermouthError for another D or a temperature ≤ 0."
     if temperature <= 0:
         raise VermouthError(f"temperature={temperature}: it divides the logits. Pass a positive number.")
-    if features.shape[1] != class_embeddings.shape[-1]:
-        raise VermouthError(
-            f"class_embeddings: {class_embeddings.shape[-1]} numbers each, features {features.shape[1]}. "
-            "Use the CLIP that the head was built for."
-        )
-    vectors = F.normalize(features.movedim(1, -1), dim=-1)
-    cosine = vectors @ F.normalize(class_embeddings.to(features), dim=-1).T
-    return (scale * cosine / temperature).movedim(-1, 1)
+    return scaled_cosines(*unit_vectors(features, class_embeddings), scale, temperature)
 
 # %% ../nbs/library/05_uhead.ipynb #c45dd35a
 LOGITS = {  # the arguments of `class_logits` by protocol and task

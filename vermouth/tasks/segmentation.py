@@ -9,9 +9,10 @@ __all__ = ['train_segmentation', 'model_labeller', 'confusion_counts', 'segmenta
 # %% ../../nbs/tasks/02_segmentation.ipynb #410a2a8c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -163,6 +164,22 @@ def masks_for(
     make = LiveMasks if isinstance(features, LiveFeatures) else training_masks
     return make(items, split.seen, split.ignore_index, side)
 
+# %% ../../nbs/tasks/02_segmentation.ipynb #nameonce
+_EMBEDDED: WeakKeyDictionary[Clip, dict[tuple, Tensor]] = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)  # a head may be trained with them
+def label_embeddings_once(
+    names: Sequence[str],    # K classes, as for `label_embeddings`
+    clip: Clip,
+    protocol: str = "ours",  # how names are embedded
+) -> Tensor:                 # (K,D) float32 of length 1
+    "Return the embeddings of classes; every head and every row of a study needs the same, and each list is read once."
+    known = _EMBEDDED.setdefault(clip, {})
+    if (key := (protocol, *names)) not in known:
+        known[key] = label_embeddings(names, clip, **segmentation_text(protocol))
+    return known[key]
+
 # %% ../../nbs/tasks/02_segmentation.ipynb #06c2d585
 def train_on_masks(
     head: nn.Module,
@@ -176,7 +193,7 @@ def train_on_masks(
     protocol = model.segmentation_head.protocol
     names = [split.names[k] for k in split.seen]
     if classes is None:
-        classes = label_embeddings(names, model.clip, **segmentation_text(protocol))
+        classes = label_embeddings_once(names, model.clip, protocol)
     classes = classes.to(model.backbone.device)
     loss = partial(pixel_loss, ignore_index=split.ignore_index)
     return train_head(head, maps, masks, classes, loss=loss, **segmentation_recipe(protocol, len(maps)) | options)
@@ -215,20 +232,17 @@ def _sizes(images: list) -> list[tuple[int, int]]:  # height and width
 # %% ../../nbs/tasks/02_segmentation.ipynb #84f3e7a4
 def vector_labeller(
     vectors: Vectors,
-    clip: Clip,   # whose text space it is
-    **text: Any,  # of `label_embeddings`
+    clip: Clip,              # whose text space it is
+    protocol: str = "ours",  # how the names are embedded
 ) -> Labeller:
     "Compare a vector per position with the names, at the images' own size."
-    known = {}  # embeddings of each list of names
 
     @torch.inference_mode()
     def label(images, prompts, lists):
         sizes, pixels = _sizes(images), vectors(images, prompts)
         maps = []
-        for names in map(tuple, lists):
-            if names not in known:
-                known[names] = label_embeddings(names, clip, **text)
-            classes = known[names].to(pixels)
+        for names in lists:
+            classes = label_embeddings_once(names, clip, protocol).to(pixels)
             labels = [label_map(p[None], [(0, 0)], size, size, size, classes) for p, size in zip(pixels, sizes)]
             maps.append([m.cpu().numpy() for m in labels])
         return maps
@@ -242,17 +256,15 @@ def model_labeller(
     overlap: float = 1 / 3,    # of windows: the paper's 512 pixels move by 341
 ) -> Labeller:
     "Label images as `Vermouth.segment` does, with several lists of names in one pass."
-    text: dict[str, Any] = segmentation_text(model.segmentation_head.protocol)
-    known: dict[tuple, Tensor] = {}  # embeddings of each list of names
+    protocol = model.segmentation_head.protocol
 
     @torch.inference_mode()
     def label(images, prompts, lists):
         maps = [[] for _ in lists]
         for vectors, *place, size in model.window_vectors([*map(image_tensor, images)], prompts, short, overlap):
-            for labels, names in zip(maps, map(tuple, lists)):
-                if names not in known:
-                    known[names] = label_embeddings(names, model.clip, **text).to(vectors)
-                labels.append(label_map(vectors, *place, size, known[names]).cpu().numpy())
+            for labels, names in zip(maps, lists):
+                classes = label_embeddings_once(names, model.clip, protocol).to(vectors)
+                labels.append(label_map(vectors, *place, size, classes).cpu().numpy())
         return maps
 
     return label
@@ -416,7 +428,7 @@ def caption_labeller(clip: Clip) -> Labeller:
     "Take the name whose embedding is closest to the prompt's, for all pixels of an image."
 
     def choose_class(prompts, names):
-        return (text_embeddings(prompts, clip) @ label_embeddings(names, clip).T).argmax(1).tolist()
+        return (text_embeddings(prompts, clip) @ label_embeddings_once(names, clip).T).argmax(1).tolist()
 
     return _constant_labeller(choose_class)
 
@@ -597,7 +609,7 @@ def region_labeller(
     "Name the parts of an image that are no background; in a list without backgrounds, all pixels."
     seen = tuple(trained_on.names[k] for k in trained_on.seen)
     behind = [trained_on.names[k] for k in background_classes(trained_on)]
-    embed = cache(partial(label_embeddings, clip=clip))
+    seen_vectors = label_embeddings_once(seen, clip)
 
     @torch.inference_mode()
     def label(images, prompts, lists):
@@ -605,16 +617,16 @@ def region_labeller(
         finders, namers = ([read[head] for head in heads] for heads in (where, what))
         maps = [[] for _ in lists]
         for i, image in enumerate(map(image_tensor, images)):
-            shares = mean_log_probabilities([v[i] for v in finders], embed(seen), image.shape[-2:]).softmax(0)
+            shares = mean_log_probabilities([v[i] for v in finders], seen_vectors, image.shape[-2:]).softmax(0)
             grounds = {name: share for name, share in zip(seen, shares) if name in behind}
             inside = (sum(grounds.values(), torch.zeros(image.shape[-2:])) < background).numpy()
             parts, nearest = connected_parts(inside, least * inside.size)
             found = image_embeddings([cut_out(image, part) for part in parts], clip, value_range=(-1, 1))
             score = partial(name_scores, clip, found, nearest, [v[i] for v in namers])
-            for labels, names in zip(maps, map(tuple, lists)):
+            for labels, names in zip(maps, lists):
                 objects = [name for name in names if name not in grounds]
                 weights = [clip_weight[name in seen] for name in objects]
-                scores = score(embed(tuple(objects)), weights) if objects else None
+                scores = score(label_embeddings_once(objects, clip), weights) if objects else None
                 labels.append(_name_parts(names, scores, grounds, inside))
         return maps
 
@@ -667,7 +679,7 @@ def _alone_and_named(
         alone = {"expert only": NetworkHead(first.expert, expert, first.size)} | alone
         own["expert only, "] = alone["expert only"].vectors
     methods = {
-        name: vector_labeller(each.vectors, first.clip, **segmentation_text(each.head.protocol))
+        name: vector_labeller(each.vectors, first.clip, each.head.protocol)
         for name, each in alone.items()
     }
     if not named:
