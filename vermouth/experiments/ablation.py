@@ -399,6 +399,7 @@ def load_ablation(
     dtype: str = "float32",      # of the frozen parts
     tasks: Sequence[str] = ("sbir", "fewshot"),  # of sbir, fewshot, segmentation
     varied: Sequence[str] = (),  # what the page changes, left out of the note: t, stages, attention, uhead, expert
+    size: int | None = None,     # side that images are resized to, in pixels; None: the backbone's own
     **options: Any,              # of the trials: shots, limit, epochs, batch_size, lr
 ) -> Ablation:
     "Load the frozen parts and the images once. Raises VermouthError for a data set that no task knows."
@@ -406,11 +407,11 @@ def load_ablation(
     clip = load_clip(clip_for(model), backbone.device)
     prompter = _Prompter(load_captioner(captioner, backbone.device), clip)
     shared = {"t": settings.timesteps, "stages": settings.stages, "attention": settings.attention or "none"}
-    shared |= {"uhead": uhead, "expert": expert.name if expert else "none"} | options | {"model": model}
+    shared |= {"uhead": uhead, "expert": expert.name if expert else "none"} | options | {"size": size, "model": model}
     words = {k: "+".join(map(str, as_names(v))) for k, v in shared.items() if v is not None and k not in varied}
     note = " ".join(f"{name}={value}" for name, value in words.items())
     parts = {"backbone": backbone, "clip": clip, "settings": settings, "uhead": uhead, "expert": expert}
-    return Ablation(_trials_for(prompter, dataset, root, tasks, **options), parts, note)
+    return Ablation(_trials_for(prompter, dataset, root, tasks, **options), parts | {"size": size}, note)
 
 # %% ../../nbs/experiments/02_ablation.ipynb #ca62fafc
 def sweep(

@@ -89,6 +89,7 @@ def tap_features(
     timestep: int,
     captions: bool = True,   # False reads with empty prompts
     kinds: Sequence[str] = PROBED,
+    size: int | None = None,  # side that pictures are resized to, in pixels; None: the backbone's own
 ) -> dict[str, np.ndarray]:  # tap → (N,D)
     "Return the pooled map of every tap of these kinds, in the order of the pass."
     names = [tap.name for tap in bb.taps() if tap.kind in kinds]
@@ -97,7 +98,7 @@ def tap_features(
         some = items[start : start + 64]
         prompts = [item.caption for item in some] if captions else None
         images = [item.image for item in some]
-        maps = bb.features(images, prompts, timesteps=timestep, stages=names, attention=None)
+        maps = bb.features(images, prompts, timesteps=timestep, stages=names, attention=None, size=size)
         sides = [(min(4, m.shape[2]), min(4, m.shape[3])) for m in maps]
         pooled = [F.adaptive_avg_pool2d(m.float(), side) for m, side in zip(maps, sides, strict=True)]
         parts.append([m.flatten(1).cpu().numpy() for m in pooled])
@@ -111,12 +112,13 @@ def atlas(
     timesteps: Sequence[int],
     captions: bool = True,
     kinds: Sequence[str] = PROBED,
+    size: int | None = None,  # as for `tap_features`
 ) -> dict[tuple[str, int], pd.DataFrame]:  # (tap, time step) → (M, attributes) errors of the test pictures
     "Return the errors of linear probes for every attribute at every tap and time step."
     facts = [toybox_facts(items) for items in (train, test)]
     errors: dict[tuple[str, int], pd.DataFrame] = {}
     for t in timesteps:
-        x, y = (tap_features(bb, items, t, captions, kinds) for items in (train, test))
+        x, y = (tap_features(bb, items, t, captions, kinds, size) for items in (train, test))
         errors |= {(tap, t): probe_errors(x[tap], facts[0], y[tap], facts[1]) for tap in x}
     return errors
 

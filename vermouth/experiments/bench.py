@@ -234,16 +234,21 @@ def measure(
     side: int = 256,        # of the images in pixels
     batch: int = 1,         # images at a time
     repeats: int = 3,
+    known: dict[str, int] | None = None,  # operations of ways that were counted before; the others are added
+    limit: float | None = None,  # operations per second; None measures a matrix product
 ) -> list[dict[str, Any]]:  # per way: what, dtype, batch, seconds, images_per_s, operations, share, peak_bytes
     "The denoiser in three ways, the VAE, and all of it from pixels to features, beside the machine's limit."
-    (x, context), limit = random_inputs(bb, side, batch), matrix_rate(bb.device, bb.dtype)
+    (x, context), limit = random_inputs(bb, side, batch), limit or matrix_rate(bb.device, bb.dtype)
     images = torch.zeros(batch, 3, side, side)
     works = {what: partial(our_way, bb, x, context, *way) for what, way in _ways(bb).items()}
     works["VAE encoder"] = partial(bb.encode_images, images)
     works["all, from pixels"] = partial(bb.features, images, "a photo of a cat", size="keep")
-    rows = []
+    rows, counts = [], {} if known is None else known
     for what, work in works.items():
-        seconds, operations = best_seconds(work, repeats, bb.device) / batch, count_operations(work) / batch
+        seconds = best_seconds(work, repeats, bb.device) / batch
+        if what not in counts:
+            counts[what] = count_operations(work)
+        operations = counts[what] / batch
         row = {"what": what, "dtype": str(bb.dtype).removeprefix("torch."), "batch": batch, "seconds": seconds}
         row |= {"images_per_s": 1 / seconds, "operations": operations, "share": operations / seconds / limit}
         rows.append(row | {"peak_bytes": peak_bytes(work, bb.device)})
@@ -269,10 +274,13 @@ def benchmark(
     else:
         bb = random_backbone(size, pick_device(device), "float32", width=width)
     bb.optimize(batch=False)  # as `vermouth extract` reads
+    operations: dict[str, int] = {}  # the same in every type
     for dtype in dtypes:
         for part in bb.family.models.values():
             torch.nn.Module.to(part, pick_dtype(dtype))
-        rows += measure(bb, side, batch, 2)
+        # smaller matrices for a model of fewer channels
+        limit = matrix_rate(bb.device, bb.dtype, side=2048 // width) if width > 1 else None
+        rows += measure(bb, side, batch, 2, operations, limit)
     return rows
 
 # %% ../../nbs/experiments/04_bench.ipynb #40a25355

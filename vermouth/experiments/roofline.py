@@ -105,9 +105,12 @@ class Roofline(NamedTuple):
     bandwidth: float         # bytes per second of a copy
 
 
-def machine_roofline(device: torch.device) -> Roofline:
+def machine_roofline(
+    device: torch.device,
+    side: int | None = None,  # of the matrices, as for `matrix_rate`
+) -> Roofline:
     "Measure a machine, in float32 and in bfloat16."
-    rates = {name: matrix_rate(device, DTYPES[name]) for name in ("float32", "bfloat16")}
+    rates = {name: matrix_rate(device, DTYPES[name], side) for name in ("float32", "bfloat16")}
     return Roofline(rates, memory_rate(device))
 
 # %% ../../nbs/experiments/05_roofline.ipynb #f85669d7
@@ -194,16 +197,18 @@ def waterfall(
     for step in steps:
         step.change(bb)
         n, work = (batch, partial(step.way, bb, *many)) if step.batched else (plain_batch, partial(step.way, bb, *few))
-        first, seconds = elapsed_seconds(work, bb.device), best_seconds(work, repeats, bb.device)
+        found: list[Tensor] = []
+        first = elapsed_seconds(lambda: found.extend(work()), bb.device)  # noqa: B023
+        difference = _difference([m[:plain_batch] for m in found], plain)
+        found.clear()
+        seconds = best_seconds(work, repeats, bb.device)
         operations = record_operations(work, bb.device) if step.counted else operations
         weights = str(bb.dtype).removeprefix("torch.")
         count, limit = sum(operation.count for operation in operations), rates[weights]
         row = {"step": step.name, "weights": weights, "batch": n}
         row |= {"seconds": seconds / n, "predicted": _predicted(operations, limit, bandwidth) / n}
         row |= {"operations": count / n, "bytes": sum(operation.moved for operation in operations) / n}
-        # of the same shape, since what is compiled is compiled for a shape
-        found = [m[:plain_batch] for m in work()]
-        row |= {"share": count / seconds / limit, "difference": _difference(found, plain)}
+        row |= {"share": count / seconds / limit, "difference": difference}
         rows.append(row | {"first_s": first, "lines": operations})
     return rows
 
