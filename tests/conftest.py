@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ KILLS = int(os.environ.get("VERMOUTH_KILLS", "4"))  # of each command that may b
 # Python's collector would take a quarter of the time that the libraries' imports take, and walk through their million
 # objects ever after, in this process and in those that split from it.
 gc.disable()
+
+# nbformat imports jsonschema, which would spend two seconds on a grammar of addresses that no notebook is checked for.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, which many of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -165,6 +169,14 @@ def photos() -> list:
     from vermouth.data.toybox import Toybox
 
     return [item.image for item in Toybox("photo", n=5, seed=3)]
+
+
+@pytest.fixture
+def quick_rate(monkeypatch):
+    "The machine's rate in a product of small matrices: the benchmark's own takes seconds."
+    from vermouth.experiments import bench
+
+    monkeypatch.setattr(bench, "matrix_rate", partial(bench.matrix_rate, side=256))
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ import ast
 import io
 import re
 import tokenize
+from functools import cache
 
 import pytest
 from house import MODULES, public, short, tree
 
 
+@cache
 def commented_lines(module):
     tokens = tokenize.generate_tokens(io.StringIO(MODULES[module].read_text(encoding="utf-8")).readline)
     return {token.start[0]: token.line.strip().startswith("#") for token in tokens if token.type == tokenize.COMMENT}

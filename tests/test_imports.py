@@ -1,37 +1,15 @@
 "Every module imports alone, and the package quickly."
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 from house import MODULES, imports
-from photo_folders import write_photos
-
-IMPORT_ALONE = """
-import gc, importlib, os, sys, traceback
-gc.disable()  # it would take a quarter of the time, here and in every process below
-others, modules = (line.split() for line in sys.stdin.read().splitlines())
-for name in others:  # what every module waits for: loaded once, before the process splits
-    above, _, last = name.rpartition(".")
-    try:
-        getattr(importlib.import_module(above), last) if above else importlib.import_module(name)
-    except AttributeError:
-        importlib.import_module(name)
-assert not [name for name in sys.modules if name.startswith("vermouth.")]
-for module in modules:
-    pid = os.fork()
-    if not pid:
-        try:
-            importlib.import_module(module)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(pid, 0)[1]:
-        print(module)
-"""
+from photo_folders import forget_ours, run_forked, write_photos
 
 RUN_ALONE = """
 import gc, json, os, sys
@@ -39,7 +17,10 @@ gc.disable()
 import vermouth.expert  # torch and timm: loaded once, before the process splits
 from vermouth.app.cli import app
 large = {"diffusers", "open_clip", "transformers", "torch._dynamo", "sympy"}
-for words in json.load(sys.stdin):
+for i, words in enumerate(json.load(sys.stdin)):
+    if i == int(sys.argv[1]):  # the commands from here on need CLIP
+        from vermouth.text import load_clip
+        load_clip("toybox", "cpu")
     pid = os.fork()
     if not pid:
         code = 1
@@ -52,13 +33,21 @@ for words in json.load(sys.stdin):
 """
 
 
+def import_alone(module):
+    forget_ours()
+    importlib.import_module(module)
+
+
 def test_every_module_imports_alone():
     "Each in a process of its own, in which no other module of ours was loaded before."
     ours = {"vermouth", "gradio", "fastapi", "uvicorn", "ray", "pillow_heif"}
     others = {i for m in MODULES for i in imports(m) if i.split(".")[0] not in ours}
-    sources = " ".join(sorted(others)) + "\n" + " ".join(MODULES)
-    run = subprocess.run([sys.executable, "-c", IMPORT_ALONE], input=sources, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and not run.stdout, run.stdout + run.stderr[-3000:]
+    for name in sorted(others):  # what every module waits for: loaded once, before the process splits
+        above, _, last = name.rpartition(".")
+        if not (above and hasattr(importlib.import_module(above), last)):
+            importlib.import_module(name)
+    failed = [module for module in MODULES if os.waitpid(run_forked(lambda m=module: import_alone(m)), 0)[1]]
+    assert not failed, "the reason is printed above"
 
 
 LITE0 = ["--model", "efficientnet_lite0"]
@@ -84,7 +73,7 @@ def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     write_photos(folder / "photos", 12)
     given = {"input": json.dumps(PLAIN + WORDS), "cwd": folder, "capture_output": True, "text": True}
-    run = subprocess.run([sys.executable, "-c", RUN_ALONE], **given)
+    run = subprocess.run([sys.executable, "-c", RUN_ALONE, str(len(PLAIN))], **given)
     lines = [line for line in run.stderr.splitlines() if line.startswith("['")]
     assert run.returncode == 0 and len(lines) == len(PLAIN + WORDS), run.stderr[-3000:]
     return lines

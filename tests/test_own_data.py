@@ -4,10 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-import nbformat
-import papermill
 import pytest
-from conftest import ROOT
+from page_runs import page_text, run_page
 
 DATA = os.environ.get("VERMOUTH_DATA", "")
 
@@ -23,14 +21,7 @@ def test_real_photos_and_sketches(tmp_path):
             (tmp_path / "my" / kind / name).mkdir(parents=True)
             for image in sorted((folder / name).iterdir())[:6]:
                 shutil.copy(image, tmp_path / "my" / kind / name)
-    papermill.execute_notebook(
-        str(ROOT / "nbs" / "own_data.ipynb"),
-        str(tmp_path / "out.ipynb"),
-        {"root": str(tmp_path / "my"), "out_dir": str(tmp_path / "mine"), "shots": 4, "epochs": 2},
-        progress_bar=False,
-    )
-    printed = "".join(
-        o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])
-    )
+    parameters = {"root": str(tmp_path / "my"), "out_dir": str(tmp_path / "mine"), "shots": 4, "epochs": 2}
+    printed = page_text(run_page("own_data.ipynb", tmp_path, **parameters))
     assert "36 photos indexed" in printed and "4 seen classes, 16 sketches, 16 photos; 2 unseen" in printed
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {"model", "index"}

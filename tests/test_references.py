@@ -111,7 +111,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         parameters("stabilityai/sdxl-turb")
 
 
-def test_bench_measures_every_size_and_lists_them():
+def test_bench_measures_every_size_and_lists_them(quick_rate):
     said = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "400"}).output
     assert all(f"{size}," in said or f"{size}." in said for size in SIZES)
     for size, lowest in (("sdxl", "mid"), ("pixart-512", "block6")):

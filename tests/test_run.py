@@ -10,7 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import ROOT
-from program import OFFLINE, PROGRAM, run_here, run_process
+from disks import run_child
+from program import OFFLINE, PROGRAM, run_here
 
 SAVE = """from pathlib import Path
 file = Path(out_dir) / "NAME.csv"  # as experiments.tables.append_rows would, but it loads torch first
@@ -48,8 +49,8 @@ def clone(tmp_path, monkeypatch):
 
 
 def test_an_unknown_parameter_is_refused_in_one_sentence(clone):
-    refused = run_process("run", "10_first", "-p", "shot", "5", cwd=clone)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    refused = run_child(["run", "10_first", "-p", "shot", "5"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr == "parameter='shot': unknown. Choose from shots, out_dir. Did you mean 'shots'?\n"
     assert not (clone / "out").exists(), "nothing ran"
 
@@ -102,8 +103,8 @@ def test_what_runs_leave_behind_is_ignored_by_git():
 
 
 def test_all_goes_on_after_a_failure_and_takes_up_where_it_stopped(clone):
-    first = run_process("run", "all", "-p", "shots", "2", cwd=clone)
-    assert first.returncode == 1 and "11_second" in first.stderr and "KeyError: 'no data'" in first.stderr
+    first = run_child(["run", "all", "-p", "shots", "2"])
+    assert first.exit_code == 1 and "11_second" in first.stderr and "KeyError: 'no data'" in first.stderr
     assert [line.split()[0] for line in first.stdout.splitlines()[:2]] == ["10_first", "12_third"]
     table = pd.read_csv(clone / "out/results.csv")
     assert table[["page", "value"]].values.tolist() == [["10_first", 2], ["12_third", 2]]

@@ -20,14 +20,14 @@ def noise(seed):
 def place(tmp_path_factory):
     "A folder of classes with one broken file, and a folder of noise."
     place = tmp_path_factory.mktemp("train")
-    for i, item in enumerate(Toybox("photo", split="unseen", n=96, seed=4)):
+    for i, item in enumerate(Toybox("photo", split="unseen", n=72, seed=4)):
         if item.label < 12:
             folder = place / "photos" / item.name
             folder.mkdir(parents=True, exist_ok=True)
             item.image.save(folder / f"{i}.png")
     (folder / "broken.png").write_bytes(b"no image")
     (place / "noise").mkdir()
-    for i in range(6):
+    for i in range(3):
         noise(i).save(place / "noise" / f"{i}.png")
     return place
 
@@ -156,7 +156,7 @@ def test_masks_are_trained_and_the_model_knows_its_classes(tmp_path, monkeypatch
 
 def test_a_linear_head_for_retrieval_needs_no_words(tmp_path):
     for kind in ("photo", "sketch"):
-        for i, item in enumerate(Toybox(kind, split="unseen", n=48, seed=6)):
+        for i, item in enumerate(Toybox(kind, split="unseen", n=36, seed=6)):
             folder = tmp_path / "pairs" / kind / item.name
             folder.mkdir(parents=True, exist_ok=True)
             item.image.save(folder / f"{i}.png")

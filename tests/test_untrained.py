@@ -3,6 +3,7 @@
 import json
 
 import open_clip
+import published_layout
 import pytest
 import torch
 from program import run_here
@@ -13,6 +14,7 @@ from vermouth.app.answers import fit_note
 from vermouth.app.web import by_names, cut_out
 from vermouth.backbone import load_backbone, random_backbone
 from vermouth.data.toybox import Toybox
+from vermouth.families.adapters import family_of
 from vermouth.model import open_model
 from vermouth.text import load_clip
 from vermouth.zoo.embedders import ClipEmbedder, PyramidEmbedder
@@ -73,7 +75,12 @@ def test_a_clip_beside_an_untrained_denoiser_is_trusted():
 
 
 @pytest.mark.parametrize("size", ["sd1", "sd2.1", "sdxl", "pixart-512", "sd3-medium", "flux-schnell"])
-def test_denoisers_of_every_family(size):
+def test_denoisers_of_every_family(size, monkeypatch):
+    published = family_of(size).published
+    if size == "flux-schnell":  # 6 of 57 layers
+        configs = published[size](8)
+        configs["transformer"] |= published_layout.FLUX
+        monkeypatch.setitem(published, size, lambda width: configs)
     backbone = random_backbone(size, "cpu", width=8)
     assert DENOISER.split(",")[0] in untrained_denoiser(backbone, 64)
     last = [p for p in backbone.family.denoiser.parameters()][-2:]

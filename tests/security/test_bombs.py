@@ -1,16 +1,17 @@
 "Images that are small on the disk and large in memory: what indexing and extracting take stays within a limit."
 
-import subprocess
 import sys
 
 import pytest
 from bombs import LARGE
+from photo_folders import found_forked, peak_memory
 from PIL import Image
 
 from vermouth import images
 from vermouth.app import files
 from vermouth.app.heads import embed_stored
-from vermouth.core import VermouthError
+from vermouth.app.index import build_index
+from vermouth.core import VermouthError, keep_freed_memory
 from vermouth.data.items import Item
 from vermouth.store import extract
 from vermouth.zoo.embedders import ExpertEmbedder
@@ -18,48 +19,34 @@ from vermouth.zoo.embedders import ExpertEmbedder
 SIDE, PIXELS = 2500, 6_250_000  # a sixteenth of the largest image; the limits of this test are the real ones by it
 MOST = 400_000_000  # bytes beyond those of the models and libraries: 64 for a pixel of the largest image
 
-WORK = """
-import resource, sys
-from pathlib import Path
-from vermouth import images
-from vermouth.app import files
-from vermouth.app.index import build_index
-from vermouth.core import keep_freed_memory
-from vermouth.model import Vermouth
-from vermouth.store import extract
 
-keep_freed_memory()
-model, pixels, place = Vermouth.load("toybox", "cpu"), int(sys.argv[1]), Path(sys.argv[2])
-images.MAX_PIXELS = files.MAX_PIXELS = pixels
-images.LARGE_IMAGE = pixels // 3
-images._new_budgets()
-options = {"captioner": model.captioner, "size": 64, "stages": "mid", "attention": (), "quiet": True}
-
-
-def peak(folder):
+def peak(place, folder, model):
+    "The most bytes in memory after a folder's images are indexed, extracted and classified."
     paths, out = sorted((place / folder).iterdir()), place / f"{folder} out"
+    options = {"captioner": model.captioner, "size": 64, "stages": "mid", "attention": (), "quiet": True}
     assert len(build_index(place / folder, out / "index", model, quiet=True)) == len(paths)
     assert len(extract(model.backbone, paths, out / "store", **options)) == len(paths)
     done, skipped = files.over_images(lambda batch: model.classify(batch, ["cat", "dog"]).tolist(), paths, "")
     assert len(done) == len(paths)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-before = peak("small")
-print(peak("large") - before)
-"""
+    return peak_memory()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's resident memory")
-def test_bombs_together_take_little_more_than_one(tmp_path):
+def test_bombs_together_take_little_more_than_one(toybox, tmp_path):
     for folder, side in (("small", 64), ("large", SIDE)):
         (tmp_path / folder).mkdir()
         for name, write in LARGE.items():
             write(tmp_path / folder / name, side if name != "alpha.webp" else side * 2 // 3)
-    command = [sys.executable, "-c", WORK, str(PIXELS), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) < MOST
+
+    def growth():
+        keep_freed_memory()
+        images.MAX_PIXELS = files.MAX_PIXELS = PIXELS
+        images.LARGE_IMAGE = PIXELS // 3
+        images._new_budgets()
+        before = peak(tmp_path, "small", toybox)
+        return peak(tmp_path, "large", toybox) - before
+
+    assert 0 < found_forked(growth) < MOST
 
 
 def test_an_image_is_refused_by_its_header(tmp_path):

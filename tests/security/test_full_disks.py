@@ -48,7 +48,7 @@ def made(toybox):
 
 
 @pytest.fixture
-def place(made, program, monkeypatch):
+def place(made, program, quick_rate, monkeypatch):
     "The folder, with the Toybox loaded already."
     monkeypatch.chdir(made)
     return made
