@@ -123,7 +123,7 @@ def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, m
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_the_page_reads_caltech101(tmp_path):
     root = str(Path(DATA) / "fewshot")
-    few = {"shots": 1, "seed": 1, "epochs": 1, "limit": 24, "protocol": "ours"}
+    few = {"shots": 1, "seed": 1, "epochs": 1, "limit": 24, "size": 32, "protocol": "ours"}
     shown = page_text(run_page("11_fewshot.ipynb", tmp_path, dataset="caltech101", root=root, **few))
     rows = pd.read_csv(tmp_path / "results" / "11_fewshot.csv")
     beside = {*baselines.NETWORKS} - {"EfficientNet-Lite0"}  # which is the expert of photographs

@@ -106,9 +106,9 @@ def test_class_means_weigh_classes_alike():
 
 
 SMALL = {
-    "10_sbir.ipynb": {"shots": 1, "epochs": 1, "limit": 12, "seed": 0, "expert": ""},
-    "11_fewshot.ipynb": {"shots": [1], "seed": [1], "epochs": 1, "limit": 12},
-    "12_segmentation.ipynb": {"shots": 1, "epochs": 1, "limit": 2, "seed": 0, "expert": ""},
+    "10_sbir.ipynb": {"shots": 1, "epochs": 1, "limit": 12, "size": 32, "seed": 0, "expert": ""},
+    "11_fewshot.ipynb": {"shots": [1], "seed": [1], "epochs": 1, "limit": 12, "size": 32},
+    "12_segmentation.ipynb": {"shots": 1, "epochs": 1, "limit": 2, "size": 32, "seed": 0, "expert": ""},
 }
 
 
@@ -125,6 +125,7 @@ def test_both_released_states_of_segmentation_run_on_toybox(name, tmp_path):
     settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     toys = {"model": "toybox", "captioner": "toybox", "dataset": "toybox", "device": "cpu", "dtype": "float32"}
     toys |= {"expert": settings["expert"] and "toybox", "networks": [], "shots": 1, "epochs": 1, "limit": 2}
+    toys["size"] = 32
     rows = page_rows("12_segmentation.ipynb", tmp_path, **settings | toys)
     expected = f"t={settings['timesteps'][0]} " + (f".*decoder={settings['decoder']} " if "decoder" in settings else "")
     assert rows.setting.str.contains(expected).all() and rows.value.between(0, 1).all()

@@ -40,7 +40,7 @@ def papermill_rows(page, folder, **parameters):
 
 
 def test_sbir_writes_every_method_with_its_origin(tmp_path):
-    few = {"shots": 1, "epochs": 1, "limit": 12, "protocol": "ours", "seed": 0}
+    few = {"shots": 1, "epochs": 1, "limit": 12, "size": 32, "protocol": "ours", "seed": 0}
     rows = papermill_rows("10_sbir.ipynb", tmp_path, **few)
     methods = without_differences(rows)
     assert set(methods.method) == METHODS | {f"EfficientNet-Lite0{kind}" for kind in (" only", ", trained bottleneck")}
@@ -57,7 +57,7 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_sbir_reads_real_sketches(tmp_path):
     root = str(Path(DATA) / "sbir" / "Sketchy")
-    few = {"shots": 1, "epochs": 1, "limit": 25, "uhead": "pico", "protocol": "ours", "seed": 0}
+    few = {"shots": 1, "epochs": 1, "limit": 25, "size": 32, "uhead": "pico", "protocol": "ours", "seed": 0}
     rows = page_rows("10_sbir.ipynb", tmp_path, dataset="sketchy_split1", root=root, **few)
     assert set(without_differences(rows).method) == METHODS and (rows.n == 25).all()
 

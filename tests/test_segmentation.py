@@ -146,7 +146,7 @@ METHODS = {
 REGIONS = {"regions named by CLIP (ours)", "expert only, regions named by CLIP (ours)", "Vermouth+ (ours)"}
 LITE = {"EfficientNet-Lite0 only", "EfficientNet-Lite0 only, fused with CLIP (ours)"}
 FUSED = REGIONS | {"expert only, fused with CLIP (ours)"}
-ONE = {"shots": 1, "epochs": 1, "protocol": "ours", "seed": 0}
+ONE = {"shots": 1, "epochs": 1, "size": 32, "protocol": "ours", "seed": 0}
 METRICS = {"mIoU", "mIoU seen", "mIoU unseen", "harmonic mean", "pixel accuracy", "mIoU unseen alone"}
 
 
