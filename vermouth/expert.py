@@ -265,7 +265,8 @@ def _build(source: str, name: str, pretrained: bool, frozen: bool, protocol: str
     with _quiet("timm.models._builder"):  # it warns of the classifier's weights, which a network of maps leaves out
         net = timm.create_model(source, features_only=True, out_indices=levels, **weights, **options)
     if protocol == "paper" and source in NORMALISED:  # timm leaves the final normalisation out
-        net.model.norm, net.norm = timm.create_model(source, **weights, **options).norm, True
+        one = {} if pretrained else {"depth": 1}  # without weights to read, a network of one block has the same
+        net.model.norm, net.norm = timm.create_model(source, **weights, **options, **one).norm, True
     net.pretrained_cfg.pop("state_dict", None)  # the network has its own copy
     fixed = config.get("fixed_input_size") and not options
     return Expert(net, name, frozen, config["input_size"][-1] if fixed else None, protocol)

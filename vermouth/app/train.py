@@ -272,6 +272,9 @@ def _linear_retriever(pairs: _Pairs, shrinkages: Sequence[float] = (0.3, 0.6, 0.
     return found[best], train
 
 # %% ../../nbs/app/11_train.ipynb #25bc7bc3
+READ = 2000  # images that a retriever's U-head reads in its training, about
+
+
 def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> "Vermouth":
     "A model whose U-head was trained on some of the seen classes."
     from vermouth.tasks.sbir import sbir_recipe
@@ -285,7 +288,7 @@ def _fit_retriever(pairs: _Pairs, classes: Sequence[int]) -> "Vermouth":
     labels = torch.cat([pairs.features.vectors[part].labels[chosen[part]] for part in (0, 1)])
     names = class_embeddings([pairs.split.seen[c] for c in classes], pairs.clip).to(model.backbone.device)
     groups = np.repeat([0, 1], [len(part) for part in chosen])
-    epochs, targets = max(1, 2000 // len(rows)), torch.searchsorted(torch.tensor([*classes]), labels)
+    epochs, targets = max(1, READ // len(rows)), torch.searchsorted(torch.tensor([*classes]), labels)
     options = sbir_recipe("ours", "folder") | {"seed": pairs.seed, "quiet": pairs.quiet}
     train_head(model, StoredRows(pairs.features.maps, rows), targets, names, groups, epochs, **options)
     return model

@@ -288,9 +288,10 @@ def standard_deviations(
     parts: Sequence[Tensor],  # (N,D) vectors of each part
     drawn: np.ndarray,        # (N,) whether each is of a sketch
 ) -> list[float]:
-    "Return the spread of each part's similarities between sketches and photos."
+    "Return the spread of each part's similarities between sketches and photos; 1 for a part that tells none apart."
     units = [F.normalize(part.float(), dim=-1) for part in parts]
-    return [(u[drawn] @ u[~drawn].T).std().item() for u in units]
+    spreads = [(u[drawn] @ u[~drawn].T).std().item() for u in units]
+    return [spread if spread > 1e-6 else 1.0 for spread in spreads]  # one caption for all images, or one pair only
 
 # %% ../../nbs/tasks/00_sbir.ipynb #9cf99d71
 def held_back_precision(
