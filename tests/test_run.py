@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from disks import run_child
-from program import OFFLINE, PROGRAM, run_here
+from photo_folders import run_forked
+from program import run_here
 
 SAVE = """from pathlib import Path
 file = Path(out_dir) / "NAME.csv"  # as experiments.tables.append_rows would, but it loads torch first
@@ -122,15 +123,15 @@ def test_all_goes_on_after_a_failure_and_takes_up_where_it_stopped(clone):
 
 def test_all_survives_being_killed(clone):
     write_page(clone / "nbs/11_second.ipynb", "seed = 0", SLEEP)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = subprocess.Popen([PROGRAM, "run", "all"], cwd=clone, env=OFFLINE, start_new_session=True, **quiet)
+    running = run_forked(lambda: [os.setsid(), run_here("run", "all")])
     try:
         until = time.time() + 900  # a busy machine
-        while not (clone / "started").exists() and running.poll() is None and time.time() < until:
+        while not (clone / "started").exists() and time.time() < until and not os.waitpid(running, os.WNOHANG)[0]:
             time.sleep(0.1)
         assert (clone / "started").exists(), "the second page never started"
     finally:
-        os.killpg(running.pid, signal.SIGKILL)
+        os.killpg(running, signal.SIGKILL)
+    os.waitpid(running, 0)
     (clone / "go").touch()
     after = json.loads(run_here("run", "all", "--json").stdout)
     assert [(p["notebook"], p["skipped"], p["ok"]) for p in after["pages"]] == [

@@ -1,12 +1,15 @@
 "The feature store: what it holds, and which images it skips."
 
+import importlib
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from photo_folders import forget_ours, found_forked
 from store_helpers import FEW, ITEMS, content, run_alone, shards
 from torch.utils.data import DataLoader, StackDataset
 
@@ -56,10 +59,12 @@ def test_a_finished_store_is_copied_to_object_storage_and_back(whole, backbone, 
 
 
 def test_a_fresh_process_reads_what_was_written(whole):
-    code = "import sys; from vermouth.store import FeatureStore; s = FeatureStore(sys.argv[1]); "
-    code += "print(len(s), s.checksum(), float(s[7][0].double().sum()), 'datasets' in sys.modules)"
-    said = run_alone(code, whole.out).split()
-    assert said == ["18", whole.checksum(), str(float(whole[7][0].double().sum())), "False"]
+    def read():
+        forget_ours("vermouth", "datasets")
+        store = importlib.import_module("vermouth.store").FeatureStore(whole.out)
+        return [len(store), store.checksum(), float(store[7][0].double().sum()), "datasets" in sys.modules]
+
+    assert found_forked(read) == [18, whole.checksum(), float(whole[7][0].double().sum()), False]
 
 
 def test_items_and_batches_in_any_order(whole):

@@ -98,7 +98,7 @@ def test_both_heads_on_the_same_features(place, toybox):
     shutil.rmtree(place / "both")
 
 
-def test_toybox_says_first_that_photographs_are_not_for_it(place, tmp_path):
+def test_toybox_says_first_that_photographs_are_not_for_it(place, program, tmp_path):
     says = "toybox knows drawn pictures only; photographs will match at random. Use --model"
     images = sorted((place / "noise").glob("*.png"))
     made = run_here("index", place / "noise", "--out", tmp_path / "idx", "--model", "toybox", "--json")
