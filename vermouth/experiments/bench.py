@@ -235,10 +235,9 @@ def measure(
     batch: int = 1,         # images at a time
     repeats: int = 3,
     known: dict[str, int] | None = None,  # operations of ways that were counted before; the others are added
-    limit: float | None = None,  # operations per second; None measures a matrix product
 ) -> list[dict[str, Any]]:  # per way: what, dtype, batch, seconds, images_per_s, operations, share, peak_bytes
     "The denoiser in three ways, the VAE, and all of it from pixels to features, beside the machine's limit."
-    (x, context), limit = random_inputs(bb, side, batch), limit or matrix_rate(bb.device, bb.dtype)
+    (x, context), limit = random_inputs(bb, side, batch), matrix_rate(bb.device, bb.dtype)
     images = torch.zeros(batch, 3, side, side)
     works = {what: partial(our_way, bb, x, context, *way) for what, way in _ways(bb).items()}
     works["VAE encoder"] = partial(bb.encode_images, images)
@@ -278,9 +277,7 @@ def benchmark(
     for dtype in dtypes:
         for part in bb.family.models.values():
             torch.nn.Module.to(part, pick_dtype(dtype))
-        # smaller matrices for a model of fewer channels
-        limit = matrix_rate(bb.device, bb.dtype, side=2048 // width) if width > 1 else None
-        rows += measure(bb, side, batch, 2, operations, limit)
+        rows += measure(bb, side, batch, 2, operations)
     return rows
 
 # %% ../../nbs/experiments/04_bench.ipynb #40a25355
