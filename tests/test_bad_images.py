@@ -137,15 +137,15 @@ def test_damaged_images_are_skipped_among_others(program, photos, words):
     assert done in (len(GOOD), len(GOOD) + 1)
 
 
-def test_ten_thousand_copies_of_a_photo_are_embedded_once(program, photos):
+def test_a_thousand_copies_of_a_photo_are_embedded_once(program, photos):
     folder = program.folder / "photos"
     folder.mkdir()
     photos[0].save(folder / "0.png")
-    for i in range(1, 9_999):
+    for i in range(1, 999):
         os.link(folder / "0.png", folder / f"{i}.png")
-    (folder / "9999.png").write_text("a picture of a cat")
+    (folder / "999.png").write_text("a picture of a cat")
     found = program(*INDEX, code=1)
-    assert [found["photos"], found["looked_at"], len(found["set_aside"])] == [9_999, 1, 1]
+    assert [found["photos"], found["looked_at"], len(found["set_aside"])] == [999, 1, 1]
 
 
 @pytest.mark.parametrize(

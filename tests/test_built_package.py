@@ -37,6 +37,7 @@ def installed(built, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_all_data(checkout, built):
     [wheel] = built.glob("*.whl")
     files = [p for p in (checkout / "vermouth").rglob("*") if p.is_file()]
@@ -50,6 +51,7 @@ def test_wheel_holds_every_module_and_all_data(checkout, built):
     assert not strangers, f"not part of the package: {sorted(strangers)}"
 
 
+@pytest.mark.slow
 def test_licence_and_settings_travel(built):
     [wheel], [archive] = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as z:
@@ -60,6 +62,7 @@ def test_licence_and_settings_travel(built):
     assert not any(n.startswith(("nbs/", "tests/")) for n in names)
 
 
+@pytest.mark.slow
 def test_imports_away_from_the_repository(checkout, installed, tmp_path):
     paths = [p.relative_to(checkout).with_suffix("") for p in sorted((checkout / "vermouth").rglob("*.py"))]
     modules = [".".join(p.parts).removesuffix(".__init__") for p in paths if p.name != "_modidx"]

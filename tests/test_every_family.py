@@ -19,6 +19,7 @@ from vermouth.model import Vermouth
 from vermouth.store import FeatureStore, extract
 from vermouth.train import train_head
 
+pytestmark = pytest.mark.slow
 SIZE, T, PROMPTS = 64, 200, ["a photo of a cat", "a dog"]
 U_NETS = ("sd1", "sd-turbo", "lcm", "inpainting", "depth", "sdxl", "sdxl-turbo")
 KINDS = (*U_NETS, "cleandift", *published_layout.FOLDERS)

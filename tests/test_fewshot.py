@@ -37,6 +37,7 @@ def study():
     return model, data, read_study(model, study_items(data, (4,), (1, 2)))
 
 
+@pytest.mark.slow
 def test_a_run_is_repeatable_starts_anew_and_agrees_with_scikit_learn(study):
     model, data, reading = study
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -113,6 +114,7 @@ METHODS = {
 OTHER = {"EfficientNet-Lite0, linear probe", "EfficientNet-Lite0, trained bottleneck"}
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
     shown = page_text(run_page("11_fewshot.ipynb", tmp_path, shots=[1], seed=[1], limit=12))
@@ -120,6 +122,7 @@ def test_the_page_shows_every_method_on_toybox_as_nbdev_test_runs_it(tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"], "nothing is left where committed results lie"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_the_page_reads_caltech101(tmp_path):
     root = str(Path(DATA) / "fewshot")

@@ -31,6 +31,7 @@ from vermouth.train import train_head
 from vermouth.uhead import UHead
 from vermouth.visualize import feature_colours, grid, highlight, similarity_maps, tint
 
+pytestmark = pytest.mark.slow
 REAL = torch.cuda.is_available()
 hardware = pytest.mark.skipif(not REAL, reason="torch sees no CUDA device")
 PROMPTS = ["a cat", "a photo of a red house and a tree", "", "a duck"]

@@ -41,6 +41,7 @@ def failing():
     return [m for m in MODULES if os.waitpid(run_forked(partial(importlib.import_module, m)), 0)[1]]
 
 
+@pytest.mark.slow
 def test_every_module_imports_alone():
     "Each in a process of its own, in which no other module of ours was loaded before."
     ours = {"vermouth", "gradio", "fastapi", "uvicorn", "ray", "pillow_heif"}
@@ -86,11 +87,13 @@ def ended(tmp_path_factory):
     return lines
 
 
+@pytest.mark.slow
 def test_commands_without_a_denoiser_import_no_large_library(ended):
     "Each in a process of its own: what takes seconds to import is for models that need it."
     assert ended[: len(PLAIN)] == [f"{command} 0 []" for command in PLAIN]
 
 
+@pytest.mark.slow
 def test_words_need_no_compiler(ended):
     "CLIP is open_clip's, which imports transformers; torch's compiler would take as long again."
     lines = ended[len(PLAIN) : -len(ALL)]

@@ -89,6 +89,7 @@ def test_a_killed_process_loses_one_batch_and_each_photo_is_there_once(photos, t
     assert 24 <= log.stat().st_size <= 26, "at most one batch is embedded twice"
 
 
+@pytest.mark.slow
 def test_processes_that_end_together_leave_no_photo_out(photos, tmp_path):
     alone = build(photos, tmp_path / "alone").checksum()
     for i in range(5):
@@ -110,6 +111,7 @@ def test_another_model_is_refused_and_a_whole_run_goes_on_with_the_shares(photos
         build(photos, out, shard_of=(2, 2))
 
 
+@pytest.mark.slow
 def test_a_worker_of_torchrun_is_killed_and_the_index_is_the_same(tmp_path):
     "With the model that is loaded soonest."
     photos, out = write_photos(tmp_path / "photos", 48), tmp_path / "idx"

@@ -56,6 +56,7 @@ def test_without_the_package_the_hub_s_copy_is_looked_for(monkeypatch):
     assert load_expert("toybox", device="cpu").dims == (128, 96, 64, 32), "everything else works"
 
 
+@pytest.mark.slow
 def test_real_photographs_of_few_classes(expert):
     "Five shots of eight Caltech-101 classes, a linear probe on the pooled deepest map."
     if not os.environ.get("VERMOUTH_DATA"):

@@ -10,6 +10,7 @@ from page_runs import page_text, run_page
 DATA = os.environ.get("VERMOUTH_DATA", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA is not set: no real photos and sketches")
 def test_real_photos_and_sketches(tmp_path):
     ready = {

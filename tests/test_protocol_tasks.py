@@ -112,6 +112,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", SMALL)
 def test_a_page_runs_by_the_published_protocol_and_says_so(page, tmp_path):
     rows = page_rows(page, tmp_path, protocol="paper", **SMALL[page])
@@ -120,6 +121,7 @@ def test_a_page_runs_by_the_published_protocol_and_says_so(page, tmp_path):
     assert "Vermouth" in by_protocol(rows, rows.metric.iloc[0])["paper"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segmentation_coco_stuff171", "segmentation_coco_stuff171_segmentor"])
 def test_both_released_states_of_segmentation_run_on_toybox(name, tmp_path):
     settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from vermouth.backbone import load_backbone
 from vermouth.data.toybox import Toybox
 from vermouth.model import Vermouth
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 SETTINGS = ["32,1", "5,1", "32,2", "7,2"]  # batch size and threads
 

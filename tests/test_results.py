@@ -39,6 +39,7 @@ def papermill_rows(page, folder, **parameters):
     return pd.read_csv(folder / "results" / f"{Path(page).stem}.csv")
 
 
+@pytest.mark.slow
 def test_sbir_writes_every_method_with_its_origin(tmp_path):
     few = {"shots": 1, "epochs": 1, "limit": 12, "size": 32, "protocol": "ours", "seed": 0}
     rows = papermill_rows("10_sbir.ipynb", tmp_path, **few)
@@ -54,6 +55,7 @@ def test_sbir_writes_every_method_with_its_origin(tmp_path):
     assert again.value[len(rows) :].tolist() == rows.value.tolist(), "the same seed gives the same numbers"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason="VERMOUTH_DATA names no folder with the real data packs")
 def test_sbir_reads_real_sketches(tmp_path):
     root = str(Path(DATA) / "sbir" / "Sketchy")

@@ -103,6 +103,7 @@ def test_what_runs_leave_behind_is_ignored_by_git():
     assert ignored.stdout.split() == files
 
 
+@pytest.mark.slow
 def test_all_goes_on_after_a_failure_and_takes_up_where_it_stopped(clone):
     first = run_child(["run", "all", "-p", "shots", "2"])
     assert first.exit_code == 1 and "11_second" in first.stderr and "KeyError: 'no data'" in first.stderr
@@ -121,6 +122,7 @@ def test_all_goes_on_after_a_failure_and_takes_up_where_it_stopped(clone):
     assert third["rows"] == 2 and table.value.tolist() == [3, 3], "of a number measured twice, the newest"
 
 
+@pytest.mark.slow
 def test_all_survives_being_killed(clone):
     write_page(clone / "nbs/11_second.ipynb", "seed = 0", SLEEP)
     running = run_forked(lambda: [os.setsid(), run_here("run", "all")])

@@ -102,6 +102,7 @@ def test_a_model_without_a_head_says_how_to_get_one(scene):
         Vermouth.build("toybox", device="cpu").segment(scene.image, ["cat"])
 
 
+@pytest.mark.slow
 def test_training_helps_and_agrees_with_scikit_learn(model):
     split = load_segmentation(shots=2, test_scenes=24)
     prompts = [["a photo"] * len(split.train), ["a photo"] * len(split.test)]
@@ -116,6 +117,7 @@ def test_training_helps_and_agrees_with_scikit_learn(model):
     assert after["mIoU"] == pytest.approx(theirs, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_847_names_on_512_pixels_need_little_memory_whole_and_in_windows(model):
     image, names = Image.effect_noise((512, 512), 60).convert("RGB"), class_names("ade847")
 
@@ -150,6 +152,7 @@ ONE = {"shots": 1, "epochs": 1, "size": 32, "protocol": "ours", "seed": 0}
 METRICS = {"mIoU", "mIoU seen", "mIoU unseen", "harmonic mean", "pixel accuracy", "mIoU unseen alone"}
 
 
+@pytest.mark.slow
 def test_the_page_writes_every_method(tmp_path):
     rows = page_rows("12_segmentation.ipynb", tmp_path, **ONE, limit=6)
     rows = without_differences(rows)
@@ -160,6 +163,7 @@ def test_the_page_writes_every_method(tmp_path):
     assert (tmp_path / "results" / "12_segmentation.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @real
 @pytest.mark.parametrize(
     ("dataset", "folder"), [("voc20", "VOCdevkit"), ("folder", "camvid"), ("ade150", "ADEChallengeData2016")]
@@ -171,6 +175,7 @@ def test_the_page_reads_photographs(dataset, folder, tmp_path):
     assert set(without_differences(rows).method) == (METHODS if dataset == "ade150" else METHODS | FUSED)
 
 
+@pytest.mark.slow
 @real
 def test_a_head_is_tested_on_another_data_set_by_its_names_alone(tmp_path):
     root = str(Path(DATA) / "seg")

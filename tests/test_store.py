@@ -27,6 +27,7 @@ from vermouth.train import train_head
 # Reading
 
 
+@pytest.mark.slow
 def test_a_process_without_vermouth_opens_the_store_as_a_dataset(whole):
     code = """
 import json, sys

@@ -137,6 +137,7 @@ def launched(rank, words, folder):
     return run_forked(work)
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_launcher_is_killed_and_the_store_is_the_same(backbone, tmp_path, monkeypatch):
     "torchrun then ends the others, too, and starts all of them again; tests of the index run it."
     photos, out = tmp_path / "photos", tmp_path / "store"

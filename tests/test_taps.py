@@ -37,6 +37,7 @@ def test_every_place_of_the_published_layout(kind, images, tmp_path):
         assert relative(torch.stack(maps).mean(0), levels[level][:, -77:]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["fuse_projections", "compile_blocks"])
 def test_places_of_a_faster_backbone(change, images, tmp_path):
     names, how = ["down2.attn0.self.k", "mid.resnet1", "down2.attn0.cross.map", "down1.attn0"], {"size": "keep"}

@@ -87,6 +87,7 @@ def test_a_second_run_reads_the_features_of_the_first(place, trained, monkeypatc
     assert (place / "mine/vermouth.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_both_heads_on_the_same_features(place, toybox):
     words = ["--out", place / "both", "--model", "toybox", "--shots", "3", "--json"]
     result = run_here("train", place / "photos", *words)
@@ -133,6 +134,7 @@ def test_auto_indexes_with_the_best_that_is_here_and_search_finds_it(place, tmp_
     assert refused.exit_code == 2 and "it reads images, not words" in refused.stderr
 
 
+@pytest.mark.slow
 def test_masks_are_trained_and_the_model_knows_its_classes(tmp_path, monkeypatch):
     monkeypatch.setattr("vermouth.app.train.STEPS", 20)
     for i, item in enumerate(Toybox("scene", n=8, seed=8)):
@@ -154,6 +156,7 @@ def test_masks_are_trained_and_the_model_knows_its_classes(tmp_path, monkeypatch
     assert unnamed.exit_code == 2 and "the model was not trained on masks. Give --names" in unnamed.stderr
 
 
+@pytest.mark.slow
 def test_a_linear_head_for_retrieval_needs_no_words(tmp_path):
     for kind in ("photo", "sketch"):
         for i, item in enumerate(Toybox(kind, split="unseen", n=36, seed=6)):

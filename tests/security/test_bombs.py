@@ -31,6 +31,7 @@ def peak(place, folder, model):
     return peak_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's resident memory")
 def test_bombs_together_take_little_more_than_one(toybox, tmp_path):
     for folder, side in (("small", 64), ("large", SIDE)):

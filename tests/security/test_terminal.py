@@ -203,6 +203,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_no_longer_reads_ends_the_program_silently(place):
     "As `vermouth search … | head -1`: the pipe is closed before the program prints."
     read, write = os.pipe()
@@ -220,6 +221,7 @@ def test_a_full_disk_is_one_sentence(place):
     assert sentence == "output: No space left on device. Free some space, or give a place that is yours."
 
 
+@pytest.mark.slow
 def test_closed_streams_and_an_old_encoding_are_no_error(place):
     words = "exec <&- >&- 2>&-; exec " + " ".join(map(str, [PROGRAM, *SEARCH]))
     assert subprocess.run(["sh", "-c", words], cwd=place).returncode == 0

@@ -58,6 +58,7 @@ def jobs(model, other, images):
     }
 
 
+@pytest.mark.slow
 def test_eight_threads_give_what_one_gives(toybox, images):
     bb = toybox.backbone
     parts = {"vae": bb.vae, "unet": bb.unet, "text_encoder": bb.text_encoder}
