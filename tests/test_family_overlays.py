@@ -15,6 +15,7 @@ from unet_layout import write_folder
 from vermouth.backbone import load_backbone
 from vermouth.core import VermouthError
 
+pytestmark = pytest.mark.slow
 PROMPTS, LAYERS = ["a photo of a cat", "a dog"], ["to_q", "to_v", "to_out.0"]
 ENDS = r".*transformer_blocks\.[09]\..*(to_q|to_v|to_out\.0)"  # in the first layer and the tenth
 

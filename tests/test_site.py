@@ -13,6 +13,8 @@ from nbdev.serve import proc_nbs
 from photo_folders import run_forked
 from site_pages import front_matter, letters_shown, longest_word, outputs, sections, tables, words_shown
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def site(checkout):
@@ -38,10 +40,8 @@ def test_every_page_of_the_site_has_a_title_and_a_sentence(site):
 
 def test_no_two_pages_of_the_site_share_an_address(site):
     "nbdev drops the numbers: 05_uhead and 15_uhead would both become uhead.html, but results pages keep theirs."
-    address = {
-        page: (PurePosixPath(page).parent / front_matter(cells)["output-file"]).as_posix().lower()
-        for page, cells in site.items()
-    }
+    files = {page: PurePosixPath(page).parent / front_matter(cells)["output-file"] for page, cells in site.items()}
+    address = {page: file.as_posix().lower() for page, file in files.items()}
     clashes = [f"{page}: {a}" for page, a in address.items() if list(address.values()).count(a) > 1]
     assert not clashes, clashes
     assert address["20_paper.ipynb"] == "20_paper.html"

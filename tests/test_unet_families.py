@@ -22,6 +22,7 @@ from vermouth.model import Vermouth, open_model
 from vermouth.store import FeatureStore, extract
 from vermouth.visualize import word_maps
 
+pytestmark = pytest.mark.slow
 PROMPTS, SIZE = ["a photo of a cat", None], 64
 FOUR, THREE = [160, 237, 237, 120], [237, 237, 120]  # channels of the pyramid at an eighth of the width
 SDXL = ("sdxl", "sdxl-turbo", "sdxl-inpainting")
