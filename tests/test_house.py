@@ -32,6 +32,8 @@ LAYERS = [
     "uhead",
     "seghead",
     "families.kinds",
+    "families.folders",
+    "families.overlays",
     "checkpoint",
     "text",
     "expert",

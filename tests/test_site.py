@@ -148,7 +148,7 @@ def test_what_stands_below_is_there(site):
         ("library/01_images", "FORMATS"),
         ("library/05_uhead", "DETAILS"),
         ("library/06_seghead", "DECODERS"),
-        ("library/07_checkpoint", "def _patterns"),
+        ("families/08_folders", "def _patterns"),
         ("families/09_adapters", "ADAPTERS"),
     ):
         sources = [c.source for c in site[f"{page}.ipynb"] if c.cell_type == "code"]

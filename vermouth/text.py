@@ -26,17 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 # %% ../nbs/library/08_text.ipynb #fff56dba
-from vermouth.checkpoint import (
-    check_counts,
-    check_sources,
-    check_total,
-    no_loading_bars,
-    plain_names,
-    read_json,
-    read_sizes,
-    weight_files,
-    without_kernels,
-)
+from .checkpoint import no_loading_bars, without_kernels
 from vermouth.core import (
     VermouthError,
     check_finite,
@@ -50,6 +40,15 @@ from vermouth.core import (
     spent_on,
     without_compiler,
     without_memory,
+)
+from vermouth.families.folders import (
+    check_counts,
+    check_sources,
+    check_total,
+    plain_names,
+    read_json,
+    read_sizes,
+    weight_files,
 )
 from .images import ImageLike, Images, ValueRange, bicubic_image, flatten, image_list, image_tensor
 

@@ -14,10 +14,10 @@ from vermouth.app.check import check
 from vermouth.app.files import packed_images
 from vermouth.app.index import Index
 from vermouth.backbone import load_backbone
-from vermouth.checkpoint import find_lora
 from vermouth.core import VermouthError
 from vermouth.data.extraction import image_digest
 from vermouth.expert import load_expert
+from vermouth.families.overlays import find_lora
 from vermouth.images import jpeg_scans, png_without_texts, read_bytes, read_image
 from vermouth.model import Vermouth
 from vermouth.pretrain.common import family_folder

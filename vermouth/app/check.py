@@ -132,7 +132,9 @@ def _overlay_of(path: Path) -> list[str]:  # commands
 def _denoiser(path: Path, part: str = "unet") -> Found:
     import torch
 
-    from vermouth.checkpoint import find_unet, read_json, read_part, weight_files
+    from vermouth.checkpoint import read_part
+    from vermouth.families.folders import read_json, weight_files
+    from vermouth.families.overlays import find_unet
 
     what = f"unet={str(path)!r}:"
     weights, place = find_unet(path, path, part=part)
@@ -145,7 +147,7 @@ def _denoiser(path: Path, part: str = "unet") -> Found:
 
 # %% ../../nbs/app/10_check.ipynb #d61bc2a8
 def _lora(path: Path) -> Found:
-    from vermouth.checkpoint import find_lora
+    from vermouth.families.overlays import find_lora
 
     found = find_lora(path)
     counts = {part: len(pairs) for part, pairs in found.pairs.items() if pairs}
@@ -209,7 +211,7 @@ _SINGLE = {
 
 def _weights_file(path: Path) -> tuple[str, Callable[[], Found]]:  # kind, inspector
     "What a safetensors file is for. Raises VermouthError for one that nothing here reads."
-    from vermouth.checkpoint import read_sizes
+    from vermouth.families.folders import read_sizes
 
     try:
         names = [*read_sizes([path])]

@@ -15,9 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..checkpoint import build_model, load_tokenizer, locate
+from ..checkpoint import build_model, load_tokenizer
 from ..core import VermouthError, choose, lock_of
 from ..diffusion import PREDICTIONS, add_noise, ddim_trajectory, ddpm_step
+from .folders import locate
 from .kinds import Kind, tokenizer_of
 from ..hooks import Place, StageTable, find_in, place_names, table_dims
 
