@@ -24,6 +24,7 @@ from vermouth.data.items import (
     check_root,
     class_folders,
     composed,
+    entries,
     entry_path,
     few_shots,
     folder_items,
@@ -175,10 +176,13 @@ def _class_folders(root: Path) -> dict[str, dict[str, list[Path]]]:  # kind → 
     found = {}
     for kind in ("sketch", "photo"):
         if not (root / kind).is_dir():
-            raise VermouthError(
-                f"root={str(root)!r}: no folder {kind}/. Put images into sketch/<class>/ and photo/<class>/."
-            )
+            inside = [path for path in entries(root) if (path / kind).is_dir()] if root.is_dir() else []
+            remedy = f"Give {str(inside[0])!r}" if inside else "Put images into sketch/<class>/ and photo/<class>/"
+            raise VermouthError(f"root={str(root)!r}: no folder {kind}/. {remedy}.")
         found[kind] = class_folders(root / kind)
+        if len(found[kind]) == 1:  # the classes of Sketchy itself lie in photo/tx_000000000000
+            [[only]] = found[kind].values()
+            found[kind] = class_folders(only) or found[kind]
     for kind, other in (("sketch", "photo"), ("photo", "sketch")):
         if lone := [name for name in found[kind] if name not in found[other]]:
             raise VermouthError(
