@@ -180,9 +180,9 @@ def _class_folders(root: Path) -> dict[str, dict[str, list[Path]]]:  # kind → 
             remedy = f"Give {str(inside[0])!r}" if inside else "Put images into sketch/<class>/ and photo/<class>/"
             raise VermouthError(f"root={str(root)!r}: no folder {kind}/. {remedy}.")
         found[kind] = class_folders(root / kind)
-        if len(found[kind]) == 1:  # the classes of Sketchy itself lie in photo/tx_000000000000
-            [[only]] = found[kind].values()
-            found[kind] = class_folders(only) or found[kind]
+        folders = sum(found[kind].values(), [])
+        if len(folders) == 1:  # the classes of Sketchy itself lie in photo/tx_000000000000
+            found[kind] = class_folders(folders[0]) or found[kind]
     for kind, other in (("sketch", "photo"), ("photo", "sketch")):
         if lone := [name for name in found[kind] if name not in found[other]]:
             raise VermouthError(
